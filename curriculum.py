@@ -1,0 +1,128 @@
+"""Which timesteps a training step draws: clustering by log-SNR, progression, sampling.
+
+NA-LR sections 2.2, B.1 and C.3. Training starts with the noisiest group of timesteps and adds groups
+towards the clean end. While a stage runs, no timestep below its range occurs, so all rank channels that
+only lower timesteps use can be sliced away. Nothing here knows about ranks or models.
+"""
+
+import math
+
+import torch
+
+
+def cluster_timesteps(log_snr: torch.Tensor, n: int) -> list[int]:
+    """Cuts t = 1..T into n contiguous groups and returns the first timestep of each. NA-LR B.1, C.3.1.
+
+    The cost of a group is the largest log-SNR difference inside it; dynamic programming minimises the
+    largest cost. (The sum of costs would only cut out the few huge gaps at the two ends.) Many
+    partitions are equally good; of these, the one whose groups, from low noise up, are as long as
+    possible. The clipped last beta makes log-SNR fall by 6.9 at T alone, which would make {T} a group
+    of its own, so log_snr[T] counts as log_snr[T - 1].
+
+    log_snr: float64 (T + 1,), decreasing, indexed by t; entry 0 is not used.
+    Raises ValueError unless 1 <= n <= T.
+    """
+    T = len(log_snr) - 1
+    if not 1 <= n <= T:
+        raise ValueError(f"{n} timestep groups; there can be 1 to {T}")
+    s = log_snr[1:].clone()  # position i holds t = i + 1
+    if T > 1:
+        s[-1] = s[-2]
+
+    # worst[j]: the smallest possible largest cost when positions 0..j are cut into g groups
+    cost = s[:, None] - s[None, :]  # cost[i, j] of one group i..j, for i <= j
+    cost = torch.where(cost.new_ones(T, T).triu().bool(), cost, torch.inf)
+    worst = cost[0]
+    for _ in range(n - 1):
+        before = torch.cat([worst.new_full((1,), torch.inf), worst[:-1]])  # the last group starts at i: 0..i-1 is left
+        worst = torch.maximum(before[:, None], cost).amin(0)
+    allowed = worst[-1]
+
+    first, starts = 0, []
+    for group in range(n):
+        starts.append(first + 1)
+        longest = int((cost[first] <= allowed).nonzero()[-1]) + 1
+        first = min(longest, T - (n - 1 - group))  # every later group still needs a timestep
+    return starts
+
+
+class Curriculum:
+    """The timestep curriculum of NA-LR C.3, a step at a time. With one group it is plain uniform
+    sampling over 1..T, which is what a run without a curriculum uses.
+
+    stage:  how many groups have been introduced after the first
+    t_low:  the smallest timestep of this stage; the largest is always T
+    start:  the step at which this stage began
+    """
+
+    def __init__(self, starts: list[int], T: int, steps: int, share: float = 0.4, patience: int = 200,
+                 alpha: float = 0.05):
+        """starts: first timesteps of the groups, ascending, starts[0] = 1 (`cluster_timesteps`).
+
+        share: the curriculum takes at most this share of all `steps`, so that short runs finish it:
+               group j of the N - 1 later ones comes at the latest at step share * steps * j / (N - 1).
+               1 switches this rule off. Raises ValueError outside [0, 1].
+        patience, alpha: a group also comes when the EMA of the loss (factor alpha, C.3.2) has not
+               improved for `patience` steps (C.3.1)
+        """
+        if not 0 <= share <= 1:
+            raise ValueError(f"curriculum share {share} must lie in [0, 1]")
+        self.starts, self.T, self.steps = starts, T, steps
+        self.share, self.patience, self.alpha = share, patience, alpha
+        self.stage, self.start = 0, 0
+        self._forget_losses()
+
+    def _forget_losses(self):
+        self.ema, self.best, self.since_best = None, math.inf, 0
+
+    @property
+    def t_low(self) -> int:
+        return self.starts[len(self.starts) - 1 - self.stage]
+
+    def probabilities(self) -> torch.Tensor:
+        """Progressive uniform sampling (C.3.3): float64 (T + 1,), the chance of each t.
+
+        Timesteps of earlier groups keep the 1/T that they have at the end of the curriculum, so they
+        are not forgotten; the newest group shares the rest equally.
+        """
+        newest = len(self.starts) - 1 - self.stage
+        t_high = self.starts[newest + 1] - 1 if self.stage else self.T  # of the newest group
+        p = torch.zeros(self.T + 1, dtype=torch.float64)
+        p[t_high + 1:] = 1 / self.T
+        p[self.t_low:t_high + 1] = (1 - (self.T - t_high) / self.T) / (t_high - self.t_low + 1)
+        return p
+
+    def sample(self, n: int, generator: torch.Generator) -> torch.Tensor:
+        """n timesteps, int64 (n,), on the CPU: the host must know them to choose ranks, and must not
+        ask a device for them."""
+        cumulative = self.probabilities().cumsum(0)
+        cumulative[-1] = 1  # a rounding below 1 would leave the largest draws without a timestep
+        u = torch.rand(n, dtype=torch.float64, generator=generator)
+        return torch.searchsorted(cumulative, u, right=True)
+
+    def observe(self, first_step: int, losses: list[float]) -> None:
+        """Takes the denoising losses of consecutive steps from `first_step` on; those of an earlier
+        stage are ignored. EMA_t = alpha L_t + (1 - alpha) EMA_{t-1} (C.3.2), afresh in each stage."""
+        for step, loss in enumerate(losses, first_step):
+            if step < self.start:
+                continue
+            self.ema = loss if self.ema is None else self.alpha * loss + (1 - self.alpha) * self.ema
+            self.since_best = 0 if self.ema < self.best else self.since_best + 1
+            self.best = min(self.best, self.ema)
+
+    def advance(self, step: int) -> bool:
+        """To be called before each step: introduces the next group if it is due, and says whether."""
+        before = self.stage
+        while self.stage < len(self.starts) - 1 and (
+                self.since_best >= self.patience
+                or (self.share < 1 and step >= self.share * self.steps * (self.stage + 1) / (len(self.starts) - 1))):
+            self.stage, self.start = self.stage + 1, step
+            self._forget_losses()
+        return self.stage > before
+
+    def state_dict(self) -> dict:
+        return {name: getattr(self, name) for name in ("stage", "start", "ema", "best", "since_best")}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)

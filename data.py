@@ -1,0 +1,482 @@
+"""Images as one uint8 tensor, and their labels.
+
+A small dataset fits in memory as a whole: CIFAR-10 is 154 MB as uint8. So there are no worker
+processes here. Every dataset ends as one tensor (N, 3, H, W) on the device, a batch is an index into
+it, and flips happen on the device. FID reads the same sources slice by slice instead, so that its
+memory does not grow with the number of images.
+
+`shapes`, the default dataset, is drawn by this file. Everything a person can get wrong about images is
+said in one line by `InputError`; the scripts' common command-line habits stand here too.
+"""
+
+import argparse
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+# ----------------------------------------------------------------------------------------------------
+# What a person types or supplies
+
+
+class InputError(ValueError):
+    """Something a person typed or supplied cannot be used. The message is one line: what was given,
+    what is allowed, what to do. Scripts print it and exit with status 2 (`run_script`)."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong flag costs one line instead of the whole usage text, and `--help` shows
+    defaults and keeps the line breaks of the description."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help lists what is allowed)\n")
+
+
+def positive_int(text: str) -> int:
+    """argparse type: a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return value
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script's main(): an `InputError` ends in one line on stderr and exit status 2, Ctrl-C in
+    130. Anything else is a bug of ours and keeps its traceback."""
+    try:
+        main()
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `... | head` closed our output: nothing to say, and nobody to say it to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def pick_device(name: str) -> torch.device:
+    """'auto' takes CUDA, then Apple's MPS, then the CPU. Raises InputError if `name` is not there."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
+    if not available[name]:
+        usable = ", ".join(kind for kind, there in available.items() if there)
+        raise InputError(f"--device {name} is not available on this machine; use one of: auto, {usable}")
+    return torch.device(name)
+
+
+def write_then_rename(path: Path, write: Callable[[io.BufferedWriter], None]) -> None:
+    """Calls `write(file)` on a temporary neighbour of `path` and renames it, so that a kill at any
+    moment leaves either the old file or the new one, never half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())  # the name must not point at data that a power cut can still lose
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: Path, keys: tuple[str, ...]) -> dict:
+    """Loads a .pt file that holds a dict with at least `keys`, onto the CPU. Only tensors and plain
+    values are ever unpickled (weights_only), so a file from a stranger cannot run code.
+    Raises InputError if the file is missing, damaged, not ours, or wants to run code."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; give the folder of a run that train.py has written") from None
+    except Exception as error:  # a foreign file can fail in any way inside the unpickler
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise InputError(f"{path} cannot be loaded: it is damaged, not a PyTorch file, or holds more than "
+                         f"tensors and plain values ({reason[:120]})") from None
+    missing = [key for key in keys if not isinstance(state, dict) or key not in state]
+    if missing:
+        raise InputError(f"{path} is not a file that train.py wrote (it lacks {', '.join(missing)})")
+    return state
+
+
+def show_progress(line: str) -> None:
+    """One line of progress on stdout: rewritten in place in a terminal, a line of its own in a file."""
+    if sys.stdout.isatty():
+        print(f"\r\033[K{line}", end="", flush=True)
+    else:
+        print(line, flush=True)
+
+
+def end_progress() -> None:
+    """Leaves the progress line standing; what is printed next starts below it."""
+    if sys.stdout.isatty():
+        print(flush=True)
+
+
+def duration(seconds: float) -> str:
+    """1 h 02 min, 3 min 04 s or 5 s."""
+    minutes, s = divmod(int(seconds + 0.5), 60)
+    h, m = divmod(minutes, 60)
+    return f"{h} h {m:02d} min" if h else f"{m} min {s:02d} s" if m else f"{s} s"
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Raises InputError unless the file's SHA-256 is `expected`. Called before a file is opened."""
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise InputError(f"{path} is damaged or not the file it claims to be "
+                         f"(SHA-256 {found[:12]}..., expected {expected[:12]}...); delete it and fetch it again")
+
+
+# ----------------------------------------------------------------------------------------------------
+# shapes: ten classes of bright shapes on dark ground. A shape is the set of points where a condition
+# on (x, y) holds, in coordinates where it fills about the unit disc; y points up.
+
+def _polygon(x, y, corners, radius):
+    """Inside a regular polygon with a corner at the top; `radius` is that of the circle through them."""
+    angle = torch.atan2(x, y)
+    sector = 2 * math.pi / corners
+    from_edge_middle = torch.remainder(angle, sector) - sector / 2
+    return torch.hypot(x, y) * torch.cos(from_edge_middle) < radius * math.cos(math.pi / corners)
+
+
+def _star(x, y):
+    """Inside a five-pointed star: the edge runs straight from a tip (radius 1) to a notch (0.42)."""
+    angle = torch.remainder(torch.atan2(x, y), 2 * math.pi / 5)
+    angle = torch.minimum(angle, 2 * math.pi / 5 - angle)  # folded: 0 at the tip, pi/5 at the notch
+    px, py = torch.hypot(x, y) * torch.sin(angle), torch.hypot(x, y) * torch.cos(angle)
+    nx, ny = 0.42 * math.sin(math.pi / 5), 0.42 * math.cos(math.pi / 5)
+    return nx * (py - 1) - (ny - 1) * px < 0
+
+
+def _plus(x, y):
+    return (torch.minimum(x.abs(), y.abs()) < 0.26) & (torch.maximum(x.abs(), y.abs()) < 0.9)
+
+
+def _heart(x, y):
+    x, y = 1.2 * x, 1.2 * y + 0.15
+    return (x * x + y * y - 1) ** 3 - x * x * y**3 < 0
+
+
+SHAPES = {
+    "circle": lambda x, y: torch.hypot(x, y) < 0.9,
+    "ring": lambda x, y: (torch.hypot(x, y) < 0.95) & (torch.hypot(x, y) > 0.5),
+    "square": lambda x, y: torch.maximum(x.abs(), y.abs()) < 0.78,
+    "triangle": lambda x, y: _polygon(x, y + 0.2, 3, 1.1),
+    "diamond": lambda x, y: x.abs() / 0.62 + y.abs() < 1,
+    "plus": _plus,
+    "cross": lambda x, y: _plus((x + y) / math.sqrt(2), (x - y) / math.sqrt(2)),
+    "star": _star,
+    "moon": lambda x, y: (torch.hypot(x, y) < 0.95) & (torch.hypot(x - 0.5, y) > 0.75),
+    "heart": _heart,
+}
+
+
+def draw_shapes(n: int, size: int = 16, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws n images of the ten SHAPES, class i % 10 for image i.
+
+    Random per image: colour (bright), ground (dark), radius, place (always wholly inside) and a
+    rotation of up to 15 degrees. Antialiased by 4 x 4 points a pixel.
+    Returns uint8 (n, 3, size, size) and int64 labels (n,). The same seed draws the same images.
+    """
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % len(SHAPES)
+    radius = 0.62 + 0.28 * torch.rand(n, generator=g)  # of half the image's side
+    shift = (1 - radius)[:, None] * (2 * torch.rand(n, 2, generator=g) - 1)
+    rotation = (2 * torch.rand(n, generator=g) - 1) * math.pi / 12
+    ground = 40 * torch.rand(n, 3, 1, 1, generator=g)
+    hue = torch.rand(n, 1, generator=g) + torch.tensor([0, 1 / 3, 2 / 3])  # (n, 3)
+    colour = 255 * (0.25 + 0.75 * (0.5 + 0.5 * torch.cos(2 * math.pi * hue)))[:, :, None, None]
+
+    points = 4 * size  # a row of sampling points; the first row is the top, where y = +1
+    grid = (torch.arange(points) + 0.5) / points * 2 - 1
+    images = torch.empty(n, 3, size, size, dtype=torch.uint8)
+    for label, inside in enumerate(SHAPES.values()):
+        members = torch.arange(label, n, len(SHAPES))
+        for i in members.split(256):  # a few hundred at a time keep the 16-fold points in memory
+            dx = (grid - shift[i, :1])[:, None, :] / radius[i, None, None]  # (b, 1, points)
+            dy = (-grid - shift[i, 1:])[:, :, None] / radius[i, None, None]  # (b, points, 1)
+            c, s = torch.cos(rotation[i])[:, None, None], torch.sin(rotation[i])[:, None, None]
+            covered = inside(c * dx + s * dy, c * dy - s * dx).float()  # (b, points, points)
+            alpha = F.avg_pool2d(covered[:, None], 4)  # (b, 1, size, size)
+            images[i] = (ground[i] + alpha * (colour[i] - ground[i])).round().to(torch.uint8)
+    return images, labels
+
+
+# ----------------------------------------------------------------------------------------------------
+# Sources: images that can be read slice by slice
+
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+DATASETS = ("shapes", "cifar10", "celeba")
+
+
+@dataclass
+class Source:
+    """N images that are decoded when they are asked for.
+
+    read:     read(i, j) gives images i..j-1 as uint8 (j - i, 3, H, W); raises InputError naming a
+              broken image, or one whose size differs from the first
+    labels:   int64 (N,), or None where the source has none
+    classes:  names of the classes, by label; empty where there are none
+    cache_key: a string that changes with the content, or None where reading is already fast
+    """
+    name: str
+    n: int
+    read: Callable[[int, int], torch.Tensor]
+    labels: torch.Tensor | None
+    classes: list[str]
+    cache_key: str | None = None
+
+    def __len__(self) -> int:
+        return self.n
+
+
+def open_source(name: str, data_dir: str = "data", split: str = "train", image_size: int | None = None,
+                num: int = 20_000, seed: int = 0) -> Source:
+    """Opens a dataset by name, a folder of images or of class folders, a ZIP of either, or a `.npz`.
+
+    image_size: for shapes the size to draw (default 16); for files, each image is cropped to its
+                central square and resized to this
+    num, seed:  for shapes alone: how many to draw, and from which seed (split 'test': the next seed)
+    Raises InputError for anything that cannot be read.
+    """
+    if name == "shapes":
+        images, labels = draw_shapes(num, image_size or 16, seed + (split == "test"))
+        return _from_arrays(f"shapes (seed {seed + (split == 'test')})", images, labels, list(SHAPES))
+    if name == "cifar10":
+        return _cifar10(Path(data_dir), split, image_size)
+    if name == "celeba":
+        return _celeba(Path(data_dir), split, image_size)
+    path = Path(name)
+    if not path.exists():
+        raise InputError(f"no dataset {name!r}: give {', '.join(DATASETS)}, or the path of a folder, a .zip or a .npz")
+    if path.is_dir():
+        # sorted: the order of the images, and with it every run, must not depend on the file system
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS and p.is_file())
+        names = [p.relative_to(path).as_posix() for p in files]
+        stamps = [(p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+        return _from_files(path, names, lambda member: open(path / member, "rb"), stamps, image_size)
+    if path.suffix.lower() == ".npz":
+        return _npz(path)
+    if zipfile.is_zipfile(path):
+        archive = zipfile.ZipFile(path)
+        infos = sorted((i for i in archive.infolist() if i.filename.lower().endswith(IMAGE_ENDINGS)),
+                       key=lambda i: i.filename)
+        return _from_files(path, [i.filename for i in infos], archive.open, [(i.file_size, i.CRC) for i in infos],
+                           image_size)
+    raise InputError(f"{path} is neither a folder, a ZIP archive nor a .npz file")
+
+
+def _from_arrays(name: str, images, labels, classes: list[str]) -> Source:
+    return Source(name, len(images), lambda i, j: torch.as_tensor(images[i:j]), labels, classes)
+
+
+def _from_files(path: Path, names: list[str], open_file, stamps: list, size: int | None, crop: int | None = None,
+                labelled: bool = True) -> Source:
+    """Image files in a folder or a ZIP; `names` are their sorted paths inside it, '/'-separated."""
+    keep = [i for i, n in enumerate(names) if not any(p.startswith((".", "__MACOSX")) for p in n.split("/"))]
+    names, stamps = [names[i] for i in keep], [stamps[i] for i in keep]
+    if not names:
+        raise InputError(f"{path} holds no images ({' '.join(IMAGE_ENDINGS)})")
+
+    # a ZIP often wraps everything in one top folder, which is no class
+    parts = [n.split("/") for n in names]
+    while all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1:
+        parts = [p[1:] for p in parts]
+    classes, labels = [], None
+    if labelled and all(len(p) > 1 for p in parts):
+        classes = sorted({p[0] for p in parts})
+        index = {c: i for i, c in enumerate(classes)}
+        labels = torch.tensor([index[p[0]] for p in parts])
+
+    def decode(i: int) -> np.ndarray:
+        try:
+            with open_file(names[i]) as file, Image.open(io.BytesIO(file.read())) as image:
+                image = image.convert("RGB")
+        except Exception as error:  # whatever a decoder makes of foreign bytes, the answer is the same
+            raise InputError(f"{path}: {names[i]} is not a readable image ({error}); repair or remove it") from None
+        if crop or size:
+            side = min(crop or min(image.size), *image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            image = image.crop((left, top, left + side, top + side))
+        if size:
+            image = image.resize((size, size), Image.Resampling.BILINEAR)  # Pillow's is antialiased
+        return np.asarray(image)
+
+    first_shape = functools.cache(lambda: decode(0).shape)
+    threads = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes outside the interpreter lock
+
+    def read(i: int, j: int) -> torch.Tensor:
+        images = list(threads.map(decode, range(i, min(j, len(names)))))
+        for name, image in zip(names[i:j], images):
+            if image.shape != first_shape():
+                (h, w, _), (h0, w0, _) = image.shape, first_shape()
+                raise InputError(f"{path}: {name} is {w}x{h} but {names[0]} is {w0}x{h0}; "
+                                 "all images must have one size (--image-size N crops and resizes them)")
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # (n, 3, H, W)
+
+    key = hashlib.sha256(json.dumps([names, stamps, size, crop]).encode()).hexdigest()
+    return Source(str(path), len(names), read, labels, classes, key)
+
+
+def _npz(path: Path) -> Source:
+    """`images` (N, H, W, 3) uint8 with optional `labels`, or `arr_0` as the ADM evaluation suite writes."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            key = next((k for k in ("images", "arr_0") if k in file.files), None)
+            if key is None:
+                raise InputError(f"{path} holds {', '.join(file.files) or 'nothing'}; "
+                                 "expected `images` or `arr_0`, uint8 (N, H, W, 3)")
+            images = file[key]
+            labels = file["labels"] if "labels" in file.files else None
+    except InputError:
+        raise
+    except Exception as error:  # truncated archives, pickled objects, foreign bytes
+        raise InputError(f"{path} is not a readable .npz file ({error})") from None
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
+        raise InputError(f"{path}: `{key}` is {images.dtype} {images.shape}; expected uint8 (N, H, W, 3), N >= 1")
+    classes = []
+    if labels is not None:
+        if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+            raise InputError(f"{path}: `labels` is {labels.dtype} {labels.shape}; expected {len(images)} integers >= 0")
+        classes = [str(c) for c in range(int(labels.max()) + 1)]
+        labels = torch.from_numpy(labels.astype(np.int64))
+    return _from_arrays(str(path), torch.from_numpy(images).permute(0, 3, 1, 2), labels, classes)
+
+
+CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+
+
+def _cifar10(data_dir: Path, split: str, image_size: int | None) -> Source:
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import download_url
+
+    if image_size not in (None, 32):
+        raise InputError("cifar10 has 32x32 images; leave --image-size out")
+    archive = data_dir / CIFAR10.filename
+    if not (data_dir / CIFAR10.base_folder).is_dir():
+        if not archive.exists():
+            try:
+                download_url(CIFAR10.url, str(data_dir), CIFAR10.filename)
+            except Exception as error:  # no network, a proxy's refusal, a full disk
+                archive.unlink(missing_ok=True)
+                raise InputError(f"cannot download CIFAR-10 ({error}); put {CIFAR10.filename} into {data_dir}/, or use "
+                                 "--dataset PATH with a folder of class folders, a .zip or a .npz") from None
+        check_sha256(archive, CIFAR10_SHA256)
+    try:
+        # with the archive in place `download` only unpacks it; the batch files are pickles, and
+        # torchvision checks the hash of each before it opens one
+        data = CIFAR10(str(data_dir), train=split == "train", download=archive.exists())
+    except RuntimeError:
+        raise InputError(f"{data_dir / CIFAR10.base_folder} is incomplete; delete it and put "
+                         f"{CIFAR10.filename} into {data_dir}/") from None
+    images = torch.from_numpy(data.data).permute(0, 3, 1, 2)
+    return _from_arrays(f"cifar10 {split}", images, torch.tensor(data.targets), list(data.classes))
+
+
+def _celeba(data_dir: Path, split: str, image_size: int | None) -> Source:
+    """CelebA as the score-based models take it: the central 140 x 140, resized to 64 x 64, no labels."""
+    from torchvision.datasets import CelebA
+
+    try:
+        data = CelebA(str(data_dir), split=split, download=False)
+    except (RuntimeError, OSError):
+        texts = ", ".join(name for _, _, name in CelebA.file_list if name.endswith(".txt"))
+        raise InputError(f"CelebA is not in {data_dir}/celeba/: put the unpacked folder img_align_celeba/ and {texts} "
+                         "there (its server allows no plain download), or use --dataset PATH") from None
+    folder = data_dir / "celeba" / "img_align_celeba"
+    names = sorted(data.filename)
+    return _from_files(folder, names, lambda name: open(folder / name, "rb"), [split] * len(names),
+                       image_size or 64, crop=140, labelled=False)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Datasets: everything decoded, one tensor
+
+
+@dataclass
+class Dataset:
+    """images uint8 (N, 3, H, W); labels int64 (N,), zeros where there are no classes."""
+    name: str
+    images: torch.Tensor
+    labels: torch.Tensor
+    classes: list[str]
+
+    def to(self, device: torch.device) -> "Dataset":
+        return Dataset(self.name, self.images.to(device), self.labels.to(device), self.classes)
+
+
+def load(name: str, data_dir: str = "data", split: str = "train", image_size: int | None = None,
+         num: int = 20_000, seed: int = 0) -> Dataset:
+    """Reads a whole source (`open_source`, same arguments and errors) into memory. Image files are
+    decoded once: the tensor is kept in `data_dir`/cache under a hash of names, sizes and times."""
+    source = open_source(name, data_dir, split, image_size, num, seed)
+    labels = torch.zeros(len(source), dtype=torch.int64) if source.labels is None else source.labels
+    cache = Path(data_dir) / "cache" / f"{source.cache_key}.npy"
+    if source.cache_key and cache.exists():
+        try:
+            return Dataset(source.name, torch.from_numpy(np.load(cache, allow_pickle=False)), labels, source.classes)
+        except (ValueError, OSError):
+            pass  # a damaged cache is only a reason to decode again
+    parts = []
+    for i in range(0, len(source), 4096):
+        parts.append(source.read(i, i + 4096))
+        if len(source) > 4096 and source.cache_key:
+            show_progress(f"decoding {source.name}: {min(i + 4096, len(source)):,} of {len(source):,} images")
+    if len(source) > 4096 and source.cache_key:
+        end_progress()
+    images = torch.cat(parts).contiguous()
+    if source.cache_key:
+        write_then_rename(cache, lambda file: np.save(file, images.numpy()))
+    return Dataset(source.name, images, labels, source.classes)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Batches
+
+
+@functools.lru_cache(maxsize=2)  # a batch touches at most two epochs unless the dataset is tiny
+def _epoch_order(n: int, seed: int, epoch: int, device: torch.device) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed * 1_000_003 + epoch)  # on the CPU: the same order on every device
+    return torch.randperm(n, generator=g).to(device)
+
+
+def batch_indices(n: int, step: int, batch_size: int, seed: int, device: torch.device) -> torch.Tensor:
+    """Which images step number `step` (from 0) sees: int64 (batch_size,).
+
+    Every epoch is a new permutation, and batches run on across its end, so each image is seen equally
+    often. The order is a function of the seed and the step alone: a resumed run needs no saved state.
+    """
+    first = step * batch_size
+    epochs = range(first // n, (first + batch_size - 1) // n + 1)
+    order = torch.cat([_epoch_order(n, seed, epoch, device) for epoch in epochs])
+    return order[first - epochs[0] * n:][:batch_size]
+
+
+def to_unit(images: torch.Tensor) -> torch.Tensor:
+    """uint8 0..255 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(x: torch.Tensor) -> torch.Tensor:
+    """float in [-1, 1] -> uint8 0..255, rounded to nearest; values outside are clipped."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

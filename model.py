@@ -1,0 +1,340 @@
+"""The diffusion transformer (Peebles and Xie 2023), dense or low-rank.
+
+NA-LR section 3.1 and D.1. `Config` says everything about the architecture, `linear_layers` lists every
+linear layer with its rank (the model is built from that list and flops.py counts from it), and `DiT` is
+the network. Read lowrank.py before, train.py or flops.py after.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from lowrank import Linear, factorise, masks
+from schedule import T, RankSchedule, base_rank, iso_compute_rank
+
+METHODS = ("full", "static", "iso-compute", "iso-param")
+
+# depth, width, heads of the original DiT family; each comes with patches of 2, 4 and 8 pixels
+SIZES = {"DiT-S": (12, 384, 6), "DiT-B": (12, 768, 12), "DiT-L": (24, 1024, 16), "DiT-XL": (28, 1152, 16)}
+PRESETS = {
+    f"{name}/{patch}": dict(depth=depth, width=width, heads=heads, patch=patch)
+    for name, (depth, width, heads) in SIZES.items() for patch in (2, 4, 8)
+}
+# small enough to learn `shapes` on two CPU cores in minutes
+PRESETS["tiny"] = dict(depth=4, width=128, heads=4, patch=2, conditioning="shared", dense_mlp_blocks=0)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides the shape of a model. Raises ValueError for values that do not fit.
+
+    num_classes: label rows besides the extra one for "no class"; 0 for unconditional data
+    method, keep: full | static | iso-compute | iso-param, and the kept share p of the parameters
+    conditioning: 'per-block', each block with its own timestep and label embedder (the published
+                  parameter counts are of this model), or 'shared', one for all (the original DiT)
+    dense_mlp_blocks: the first so many blocks keep a dense MLP (the published counts: one)
+    factorise: 'all' linear layers but the final ones, or 'attention-mlp' alone, as NA-LR's text says
+    """
+    depth: int = 12
+    width: int = 384
+    heads: int = 6
+    patch: int = 2
+    image_size: int = 32
+    channels: int = 3
+    num_classes: int = 10
+    method: str = "iso-compute"
+    keep: float = 0.5
+    rank_profile: str = "logistic"
+    rho_min: float = 0.4
+    warm_start: float = 0.1
+    conditioning: str = "per-block"
+    dense_mlp_blocks: int = 1
+    factorise: str = "all"
+
+    def __post_init__(self):
+        for name in ("depth", "width", "heads", "patch", "image_size", "channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.image_size % self.patch:
+            raise ValueError(f"image size {self.image_size} is not divisible by the patch size {self.patch}; "
+                             "choose another --image-size or a model with another patch (DiT-S/2, /4, /8)")
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(f"width {self.width} must be divisible by the {self.heads} heads and by 4")
+        if self.num_classes < 0 or self.dense_mlp_blocks < 0:
+            raise ValueError("num_classes and dense_mlp_blocks must not be negative")
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep {self.keep} must lie in (0, 1]")
+        for name, allowed in (("method", METHODS), ("conditioning", ("per-block", "shared")),
+                              ("factorise", ("all", "attention-mlp"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; use {', '.join(allowed)}")
+        self.rank_schedule()  # raises ValueError for its own settings
+
+    def rank_schedule(self) -> RankSchedule | None:
+        """Phi(t) of this model; None where every timestep uses all channels."""
+        schedule = RankSchedule(self.rank_profile, self.rho_min, self.warm_start)
+        return schedule if self.method.startswith("iso") else None
+
+    @property
+    def tokens(self) -> int:
+        return (self.image_size // self.patch) ** 2
+
+    @property
+    def embedders(self) -> int:
+        return self.depth if self.conditioning == "per-block" else 1
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """One linear layer: n inputs, m outputs, applied to `rows` vectors a sample (its tokens, or 1 for
+    conditioning). rank is r_max, or None if dense. no_input_grad: its input is data, so the backward
+    pass computes one product instead of two."""
+    name: str
+    n: int
+    m: int
+    rows: int
+    rank: int | None = None
+    no_input_grad: bool = False
+
+
+def linear_layers(config: Config) -> list[LinearLayer]:
+    """Every linear layer of the model, in the order of the forward pass, with its rank. The patch
+    convolution is not among them."""
+    d, rows = config.width, config.tokens
+    schedule = config.rank_schedule()
+
+    def rank(n: int, m: int) -> int | None:
+        if config.method == "full":
+            return None
+        r = min(base_rank(config.keep, m, n), m, n)
+        return iso_compute_rank(r, schedule, min(m, n)) if config.method == "iso-compute" else r
+
+    everywhere = config.factorise == "all"
+    d_to = {m: rank(d, m) for m in (d, 4 * d, 6 * d)}  # each search for a rank is done once
+    time_in = rank(FREQUENCIES, d)
+    layers = []
+    for e in range(config.embedders):
+        layers += [
+            LinearLayer(f"embedders.{e}.time_in", FREQUENCIES, d, 1, time_in if everywhere else None, True),
+            LinearLayer(f"embedders.{e}.time_out", d, d, 1, d_to[d] if everywhere else None),
+        ]
+    for b in range(config.depth):
+        mlp = d_to[4 * d] if b >= config.dense_mlp_blocks else None
+        layers.append(LinearLayer(f"blocks.{b}.adaln", d, 6 * d, 1, d_to[6 * d] if everywhere else None))
+        layers += [LinearLayer(f"blocks.{b}.{name}", d, d, rows, d_to[d]) for name in ("q", "k", "v", "out")]
+        layers.append(LinearLayer(f"blocks.{b}.mlp_in", d, 4 * d, rows, mlp))
+        layers.append(LinearLayer(f"blocks.{b}.mlp_out", 4 * d, d, rows, mlp))  # r depends on m + n, m n alone
+    layers.append(LinearLayer("final_adaln", d, 2 * d, 1))
+    layers.append(LinearLayer("final_out", d, config.patch**2 * config.channels, rows))
+    return layers
+
+
+# ----------------------------------------------------------------------------------------------------
+# Embeddings
+
+FREQUENCIES = 256  # width of the sinusoidal timestep embedding
+
+
+def timestep_embedding(t: torch.Tensor) -> torch.Tensor:
+    """Sinusoids of t (B,) at 128 frequencies from 1 down to 1/10000 a step, cosines first: (B, 256)."""
+    half = FREQUENCIES // 2
+    frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angle = t[:, None].float() * frequency  # (B, 128)
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def position_embedding(width: int, side: int) -> torch.Tensor:
+    """Fixed 2-D sine-cosine positions of a side x side grid, row by row: float32 (side * side, width).
+    The first half of the width encodes the column, the second the row."""
+    frequency = 10000 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    parts = []
+    for axis in (column, row):
+        angle = axis.reshape(-1, 1).double() * frequency  # (side * side, width / 4)
+        parts += [angle.sin(), angle.cos()]
+    return torch.cat(parts, dim=1).float()
+
+
+class Conditioning(nn.Module):
+    """Embeds timestep and label into the vector that steers adaLN."""
+
+    def __init__(self, width: int, num_classes: int):
+        super().__init__()
+        self.time_in = Linear(FREQUENCIES, width)
+        self.time_out = Linear(width, width)
+        self.label = nn.Embedding(num_classes + 1, width)  # the last row means "no class"
+
+    def forward(self, t_emb, y, active=None):
+        t = self.time_out(F.silu(self.time_in(t_emb, active)), active)  # (B, D)
+        # every adaLN layer starts with this SiLU; applied here, it runs once
+        return F.silu(t + self.label(y))  # (B, D)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The transformer
+
+
+def modulate(x, shift, scale):
+    """LayerNorm without parameters, then scale and shift: x (B, N, D), shift and scale (B, 1, D)."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each between a modulated LayerNorm and a gate (adaLN-Zero)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.adaln = Linear(width, 6 * width)
+        # three layers, not one fused projection: each of Q, K, V has factors of its own
+        self.q, self.k, self.v, self.out = (Linear(width, width) for _ in range(4))
+        self.mlp_in, self.mlp_out = Linear(width, 4 * width), Linear(4 * width, width)
+
+    def forward(self, x, c, active=None):
+        B, N, D = x.shape
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.adaln(c, active)[:, None].chunk(6, dim=2)  # (B, 1, D)
+        h = modulate(x, shift_1, scale_1)  # (B, N, D)
+        q, k, v = (layer(h, active).view(B, N, self.heads, D // self.heads).transpose(1, 2)  # (B, heads, N, D/heads)
+                   for layer in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D)
+        x = torch.addcmul(x, gate_1, self.out(h, active))
+        h = modulate(x, shift_2, scale_2)
+        h = F.gelu(self.mlp_in(h, active), approximate="tanh")  # (B, N, 4D)
+        return torch.addcmul(x, gate_2, self.mlp_out(h, active))  # (B, N, D)
+
+
+class DiT(nn.Module):
+    """eps_hat = DiT(x_t, t, y): predicts the noise in x_t.
+
+    config.method other than 'full' factorises the layers that `linear_layers` gives a rank.
+    """
+
+    def __init__(self, config: Config, initialise: bool = True):
+        """initialise=False leaves the weights for `load_state_dict` to fill, and saves the SVDs."""
+        super().__init__()
+        self.config = config
+        self.rank_schedule = config.rank_schedule()
+        d = config.width
+        self.patchify = nn.Conv2d(config.channels, d, config.patch, stride=config.patch)
+        self.embedders = nn.ModuleList(Conditioning(d, config.num_classes) for _ in range(config.embedders))
+        self.blocks = nn.ModuleList(Block(d, config.heads) for _ in range(config.depth))
+        self.final_adaln = Linear(d, 2 * d)
+        self.final_out = Linear(d, config.patch**2 * config.channels)
+        self.register_buffer("position", position_embedding(d, config.image_size // config.patch), persistent=False)
+
+        if initialise:
+            self.initialise()
+        ranks = {layer.name: layer.rank for layer in linear_layers(config) if layer.rank is not None}
+        factorise(self, ranks, initialise)
+        self.ranks = sorted(set(ranks.values()))  # the distinct r_max
+        if self.rank_schedule is not None:
+            phi = torch.stack([self.rank_schedule.table(r) for r in self.ranks])
+            self.register_buffer("phi", phi, persistent=False)  # (len(ranks), T + 1)
+
+    @torch.no_grad()
+    def initialise(self):
+        """As the original DiT: the low-rank factors then come from the SVD of these weights."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patchify.weight.flatten(1))  # a convolution, seen as the linear layer it is
+        nn.init.zeros_(self.patchify.bias)
+        for embedder in self.embedders:
+            for weight in (embedder.time_in.weight, embedder.time_out.weight, embedder.label.weight):
+                nn.init.normal_(weight, std=0.02)
+        # adaLN-Zero: every block starts as the identity, the whole model as eps_hat = 0
+        for layer in [block.adaln for block in self.blocks] + [self.final_adaln, self.final_out]:
+            nn.init.zeros_(layer.weight)
+
+    def active_ranks(self, t: int | torch.Tensor, t_low: int = 1):
+        """The `active` argument (lowrank.py) for timestep t; None for a model without a rank schedule.
+
+        int t: slicing, for a batch that shares t.
+        t int64 (B,): a mask per sample; channels beyond Phi(t_low), which no t >= t_low uses, are
+        sliced away. t_low is an int so that no device has to be asked.
+        """
+        if self.rank_schedule is None:
+            return None
+        if not isinstance(t, torch.Tensor):
+            return {r: self.rank_schedule.active(t, r) for r in self.ranks}
+        phi = self.phi[:, t.to(self.phi.device)]  # (len(ranks), B)
+        return masks(dict(zip(self.ranks, phi)), {r: self.rank_schedule.active(t_low, r) for r in self.ranks})
+
+    def forward(self, x, t, y, active=None):
+        """x (B, C, H, W) float, t int64 (B,) in 1..T, y int64 (B,) in 0..num_classes, where
+        num_classes means "no class". Returns eps_hat (B, C, H, W).
+
+        active: from `active_ranks`; None masks each sample to its own Phi(t).
+        """
+        if active is None:
+            active = self.active_ranks(t)
+        c = [embedder(timestep_embedding(t), y, active) for embedder in self.embedders]  # each (B, D)
+        h = self.patchify(x).flatten(2).transpose(1, 2) + self.position  # (B, N, D)
+        for i, block in enumerate(self.blocks):
+            h = block(h, c[i % len(c)], active)  # (B, N, D)
+        shift, scale = self.final_adaln(c[0])[:, None].chunk(2, dim=2)  # (B, 1, D); the published model takes block 0's c
+        h = self.final_out(modulate(h, shift, scale))  # (B, N, p*p*C)
+        p, side = self.config.patch, self.config.image_size // self.config.patch
+        h = h.view(-1, side, side, p, p, self.config.channels)
+        return h.permute(0, 5, 1, 3, 2, 4).reshape(x.shape)  # (B, C, H, W)
+
+
+def parameter_count(config: Config) -> int:
+    """Parameters of the model, from shapes alone."""
+    count = config.width * (config.channels * config.patch**2 + 1)  # patch convolution
+    count += config.embedders * (config.num_classes + 1) * config.width
+    for layer in linear_layers(config):
+        weights = layer.n * layer.m if layer.rank is None else layer.rank * (layer.n + layer.m)
+        count += weights + layer.m
+    return count
+
+
+# ----------------------------------------------------------------------------------------------------
+# The model's part of the command line, shared by train.py and flops.py
+
+
+def add_model_flags(parser) -> None:
+    """Flags default to None where the preset decides, so that a given flag can be told from a default."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", choices=PRESETS, metavar="NAME",
+                       help=f"tiny (default for shapes) or {', '.join(SIZES)} with /2, /4, /8 (default elsewhere: DiT-S/2)")
+    group.add_argument("--method", choices=METHODS,
+                       help="full: dense; static: one rank for all t; iso-compute: noise-adaptive, average cost of "
+                            "static; iso-param: noise-adaptive, parameters of static (default iso-compute)")
+    group.add_argument("--keep", type=float, metavar="P", help="share of the parameters a static layer keeps (default 0.5)")
+    group.add_argument("--rank-profile", choices=("logistic", "linear"), help="shape of Phi(t) (default logistic)")
+    group.add_argument("--rho-min", type=float, metavar="F", help="smallest share of r_max that is active (default 0.4)")
+    group.add_argument("--warm-start", type=float, metavar="F", help="share of t that always has r_max (default 0.1)")
+    group.add_argument("--conditioning", choices=("per-block", "shared"),
+                       help="timestep and label embedder in every block, or one for all "
+                            "(default per-block for DiT-*, shared for tiny)")
+    group.add_argument("--dense-mlp-blocks", type=int, metavar="N",
+                       help="first blocks whose MLP stays dense (default 1 for DiT-*, 0 for tiny)")
+    group.add_argument("--factorise", choices=("all", "attention-mlp"),
+                       help="which layers are low-rank: also adaLN and the timestep embedders, or not (default all)")
+    group.add_argument("--num-classes", type=int, metavar="N", help="label rows of the model (default: the dataset's)")
+
+
+def config_from_flags(args, default_model: str, **facts) -> Config:
+    """The preset, overlaid with `facts` (image_size, channels, num_classes of the data), overlaid with
+    the flags that were given. Raises ValueError as `Config` does."""
+    given = {f.name: getattr(args, f.name, None) for f in fields(Config)}
+    given = {name: value for name, value in given.items() if value is not None}
+    return Config(**(PRESETS[args.model or default_model] | facts | given))
+
+
+def rank_summary(config: Config) -> list[str]:
+    """A line per distinct layer shape: its rank, and a warning where low rank costs more than dense."""
+    shapes = Counter((l.m, l.n, l.rank) for l in linear_layers(config) if l.rank is not None)
+    lines = []
+    for (m, n, r), count in sorted(shapes.items()):
+        schedule = config.rank_schedule()
+        low = schedule.active(T, r) if schedule else r
+        line = f"{count:4d} layers {m:5d} x {n:<5d} rank {low}..{r}" if low < r else f"{count:4d} layers {m:5d} x {n:<5d} rank {r}"
+        lines.append(line + (f"  (above m n / (m + n) = {m * n / (m + n):.0f}: costs more than dense)" if r * (m + n) > m * n else ""))
+    return lines

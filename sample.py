@@ -1,0 +1,269 @@
+"""DDPM, DDIM and classifier-free guidance, and the script that draws images from a trained run.
+
+    python sample.py                            100 images of all classes from the newest run, as a grid
+    python sample.py --classes 3,9 --num 16     sixteen images of classes 3 and 9 in turn
+    python sample.py --num 500 --out x.npz      a file for fid.py
+
+NA-LR section 2.1 (slicing, Eq. 5) and D.1. At one t all images share the active rank, so every
+low-rank layer multiplies by its first Phi(t) channels only. Read schedule.py and model.py before.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.utils import make_grid
+
+from data import (InputError, Parser, duration, end_progress, pick_device, positive_int, read_checkpoint, run_script,
+                  show_progress, to_uint8, write_then_rename)
+from model import Config, DiT
+from schedule import NoiseSchedule, sampling_timesteps
+
+# ----------------------------------------------------------------------------------------------------
+# From the model to eps(x, t)
+
+Eps = Callable[[torch.Tensor, int], torch.Tensor]
+
+
+def guided(model: DiT, y: torch.Tensor | None, guidance: float) -> Eps:
+    """eps(x, t) with classifier-free guidance (Ho and Salimans 2022, in the form eps_u + w (eps_c - eps_u)).
+
+    y: int64 (B,), or None for "no class". The two halves run as one batch, sliced to Phi(t). Where they
+    would be the same, or one has weight zero (w = 0, w = 1, no classes), only one half is computed.
+    """
+    none = model.config.num_classes
+    both = y is not None and none > 0 and guidance not in (0, 1)
+
+    def eps(x, t):
+        active = model.active_ranks(t)
+        unconditional = torch.full((len(x),), none, device=x.device)
+        if not both:
+            labels = unconditional if y is None or guidance == 0 else y
+            return model(x, torch.full_like(labels, t), labels, active)
+        labels = torch.cat([y, unconditional])  # (2B,)
+        eps_c, eps_u = model(torch.cat([x, x]), torch.full_like(labels, t), labels, active).chunk(2)
+        return eps_u + guidance * (eps_c - eps_u)
+
+    return eps
+
+
+def _as_eps(model: DiT | Eps, y: torch.Tensor | None, guidance: float) -> Eps:
+    return guided(model, y, guidance) if isinstance(model, DiT) else model
+
+
+# ----------------------------------------------------------------------------------------------------
+# Samplers: generators that yield x after every step, the last one being the image in [-1, 1]
+
+
+def _predict_x_0(x, eps, alpha_bar: float, clip: bool):
+    """x_0 and eps, solved from x_t = sqrt(ab) x_0 + sqrt(1 - ab) eps. With `clip`, x_0 is clipped to
+    [-1, 1] and eps made to fit it: near t = T an error in eps is amplified hundreds of times."""
+    x_0 = (x - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5
+    if clip:
+        x_0 = x_0.clamp(-1, 1)
+        eps = (x - alpha_bar**0.5 * x_0) / (1 - alpha_bar) ** 0.5
+    return x_0, eps
+
+
+@torch.no_grad()
+def ddim(model: DiT | Eps, x: torch.Tensor, steps: int = 100, y: torch.Tensor | None = None, guidance: float = 2.0,
+         clip: bool = True) -> Iterator[torch.Tensor]:
+    """Deterministic DDIM (Song et al. 2021, Eq. 12 with eta = 0).
+
+    model: a DiT, used with labels y and guidance, or any callable eps(x, t) with an int t
+    x: noise (B, C, H, W). Yields x at each of the `steps` timesteps after T, down to 0.
+    """
+    eps = _as_eps(model, y, guidance)
+    alpha_bar = NoiseSchedule().alpha_bar.tolist()  # Python floats: float64
+    visited = sampling_timesteps(steps)
+    for t, t_next in zip(visited, visited[1:]):
+        x_0, e = _predict_x_0(x, eps(x, t), alpha_bar[t], clip)
+        x = alpha_bar[t_next] ** 0.5 * x_0 + (1 - alpha_bar[t_next]) ** 0.5 * e
+        yield x
+
+
+@torch.no_grad()
+def ddpm(model: DiT | Eps, x: torch.Tensor, steps: int = 100, y: torch.Tensor | None = None, guidance: float = 2.0,
+         clip: bool = True, noise: Callable[[], torch.Tensor] | None = None) -> Iterator[torch.Tensor]:
+    """Ancestral sampling on the chain of the visited timesteps (Ho et al. 2020, Eq. 6 and 7), with the
+    posterior variance beta-tilde of that chain. The last step adds no noise.
+
+    noise: gives a new standard normal tensor like x at each call; default torch's global generator.
+    Other arguments and what it yields: as `ddim`.
+    """
+    eps = _as_eps(model, y, guidance)
+    noise = noise or (lambda: torch.randn_like(x))
+    alpha_bar = NoiseSchedule().alpha_bar.tolist()
+    visited = sampling_timesteps(steps)
+    for t, t_next in zip(visited, visited[1:]):
+        ab, ab_next = alpha_bar[t], alpha_bar[t_next]
+        x_0, _ = _predict_x_0(x, eps(x, t), ab, clip)
+        beta = 1 - ab / ab_next  # of the step from t_next to t
+        x = ab_next**0.5 * beta / (1 - ab) * x_0 + (1 - beta) ** 0.5 * (1 - ab_next) / (1 - ab) * x
+        if t_next > 0:
+            x = x + (beta * (1 - ab_next) / (1 - ab)) ** 0.5 * noise()
+        yield x
+
+
+# ----------------------------------------------------------------------------------------------------
+# Images
+
+
+class ImageNoise:
+    """Standard normal noise with one generator per image: image i of a seed meets the same noise
+    whatever batch it is drawn in, and on every device (it is drawn on the CPU). Calling it gives the
+    next draw, float32 (len(indices), *shape)."""
+
+    def __init__(self, seed: int, indices: range, shape: tuple[int, ...], device: torch.device):
+        # Philox takes (seed, image) as its key, so no two images can share a stream
+        self.generators = [np.random.Generator(np.random.Philox(key=[seed, i])) for i in indices]
+        self.shape, self.device = shape, device
+
+    def __call__(self) -> torch.Tensor:
+        draws = [g.standard_normal(self.shape, dtype=np.float32) for g in self.generators]
+        return torch.from_numpy(np.stack(draws)).to(self.device)
+
+
+def draw_images(model: DiT, indices: range, classes: list[int], seed: int = 0, sampler: str = "ddim", steps: int = 100,
+                guidance: float = 2.0, clip: bool = True, on_step: Callable[[int], None] = lambda n: None):
+    """Images number `indices` of this seed: uint8 (n, C, H, W) on the CPU, and their labels (n,).
+
+    classes: image i is of class classes[i % len(classes)]; empty for unconditional images
+    on_step: called with the number of sampling steps done
+    """
+    device = model.position.device
+    noise = ImageNoise(seed, indices, (model.config.channels,) + (model.config.image_size,) * 2, device)
+    labels = torch.tensor([classes[i % len(classes)] for i in indices]) if classes else None
+    y = None if labels is None else labels.to(device)
+    x = noise()
+    if sampler == "ddim":
+        images = ddim(model, x, steps, y, guidance, clip)
+    else:
+        images = ddpm(model, x, steps, y, guidance, clip, noise)
+    for done, x in enumerate(images, 1):
+        on_step(done)
+    return to_uint8(x).cpu(), torch.zeros(len(indices), dtype=torch.int64) if labels is None else labels
+
+
+def save_png(path: Path, image: torch.Tensor) -> None:
+    """Writes one uint8 image (3, H, W)."""
+    write_then_rename(path, lambda file: Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "PNG"))
+
+
+def save_grid(path: Path, images: torch.Tensor, columns: int) -> None:
+    """One PNG of uint8 images (n, 3, H, W), row by row, small ones enlarged by whole pixels."""
+    images = images.repeat_interleave(scale := max(1, 64 // images.shape[-1]), -1).repeat_interleave(scale, -2)
+    save_png(path, make_grid(images, nrow=columns, padding=2))
+
+
+def load_model(run: Path, device: torch.device) -> tuple[DiT, dict]:
+    """The EMA model of a run in evaluation mode, and the rest of its model.pt. Raises InputError."""
+    path = Path(run) / "model.pt"
+    state = read_checkpoint(path, ("config", "model", "classes", "guidance", "step"))
+    try:
+        model = DiT(Config(**state["config"]), initialise=False)
+        model.load_state_dict(state["model"])
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise InputError(f"{path} does not describe a model: {str(error).splitlines()[0]}") from None
+    return model.to(device).eval().requires_grad_(False), state
+
+
+def newest_run(folder: str = "runs", file: str = "model.pt") -> Path:
+    """The run under `folder` whose `file` was written last. Raises InputError if there is none."""
+    files = sorted(Path(folder).glob(f"*/{file}"), key=lambda p: p.stat().st_mtime)
+    if not files:
+        raise InputError(f"no run under {folder}/; train one with `python train.py`, or name one")
+    return files[-1].parent
+
+
+def choose_classes(text: str, names: list[str], num_classes: int) -> list[int]:
+    """'all', or numbers and names separated by commas -> class numbers; [] for an unconditional model."""
+    if text == "all":
+        return list(range(len(names) or num_classes))
+    if num_classes == 0:
+        raise InputError("this model has no classes; leave --classes out")
+    chosen = []
+    for word in text.split(","):
+        word = word.strip()
+        c = names.index(word) if word in names else int(word) if word.isdecimal() else -1
+        if not 0 <= c < num_classes:
+            named = f" ({', '.join(names)})" if names else ""
+            raise InputError(f"class {word!r} is unknown: give numbers from 0 to {num_classes - 1}{named}, or all")
+        chosen.append(c)
+    return chosen
+
+
+# ----------------------------------------------------------------------------------------------------
+# The script
+
+
+def main():
+    parser = Parser(description=__doc__.split("\n\n")[0] + "\n\n" + __doc__.split("\n\n")[1])
+    parser.add_argument("--run", metavar="DIR", help="folder of a run (default: the newest under runs/)")
+    parser.add_argument("--num", type=positive_int, default=100, metavar="N", help="how many images (default 100)")
+    parser.add_argument("--classes", default="all", help="class numbers or names, e.g. 0,3 or star,heart; image i takes "
+                                                         "them in turn (default all)")
+    parser.add_argument("--sampler", choices=("ddim", "ddpm"), default="ddim", help="ddim: deterministic; ddpm: ancestral")
+    parser.add_argument("--steps", type=positive_int, default=100, metavar="N", help="sampling steps, 1 to 1000 (default 100)")
+    parser.add_argument("--guidance", type=float, metavar="W",
+                        help="eps = eps_u + W (eps_c - eps_u); 1 is plain conditional (default: the run's, 2 for the paper's)")
+    parser.add_argument("--no-clip", action="store_true", help="do not clip predicted images to [-1, 1] at every step")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="image i of a seed is the same in any batch (default 0)")
+    parser.add_argument("--out", metavar="FILE.png|FILE.npz|DIR", help="a grid, an array for fid.py, or a folder of PNGs "
+                                                                       "(default: a grid in the run's samples/)")
+    parser.add_argument("--batch-size", type=positive_int, metavar="N", help="images at a time (default 100 on a CPU, else 500)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    args = parser.parse_args()
+    if args.steps > 1000:
+        parser.error(f"--steps {args.steps}: a sampler takes 1 to 1000")
+    if args.seed < 0:
+        parser.error(f"--seed {args.seed} must not be negative")
+
+    device = pick_device(args.device)
+    run = Path(args.run) if args.run else newest_run()
+    model, state = load_model(run, device)
+    classes = choose_classes(args.classes, state["classes"], model.config.num_classes)
+    guidance = state["guidance"] if args.guidance is None else args.guidance
+    batch_size = args.batch_size or (100 if device.type == "cpu" else 500)
+    out = Path(args.out or run / "samples" / f"{args.sampler}{args.steps}_seed{args.seed}.png")
+    as_folder = out.suffix not in (".png", ".npz")
+    if as_folder and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out {out} exists and is not an empty folder; name another, or FILE.png or FILE.npz")
+
+    start, images, labels = time.time(), [], []
+    for first in range(0, args.num, batch_size):
+        indices = range(first, min(first + batch_size, args.num))
+
+        def on_step(done):
+            equivalent = first + len(indices) * done / args.steps  # images, counting unfinished ones in part
+            rate = equivalent / (time.time() - start)
+            if done == args.steps or sys.stdout.isatty():  # in a file, one line a batch is enough
+                show_progress(f"{run}: step {done}/{args.steps}, image {indices[-1] + 1}/{args.num}, {rate:.1f} images/s, "
+                              f"{duration((args.num - equivalent) / rate)} left")
+
+        drawn, drawn_labels = draw_images(model, indices, classes, args.seed, args.sampler, args.steps, guidance,
+                                          not args.no_clip, on_step)
+        if as_folder:
+            for i, image in zip(indices, drawn):
+                save_png(out / f"{i:06d}.png", image)
+        else:
+            images.append(drawn)
+            labels.append(drawn_labels)
+    end_progress()
+    if out.suffix == ".npz":
+        arrays = {"arr_0": torch.cat(images).permute(0, 2, 3, 1).numpy(), "labels": torch.cat(labels).numpy()}
+        write_then_rename(out, lambda file: np.savez(file, **arrays))
+    elif out.suffix == ".png":
+        columns = len(classes) if 1 < len(classes) <= 20 else 10
+        save_grid(out, torch.cat(images), columns)
+        if 1 < len(classes) <= 20:
+            print("columns:", ", ".join(state["classes"][c] if state["classes"] else str(c) for c in classes))
+    print(f"{args.num} images, {args.sampler} {args.steps} steps, guidance {guidance:g}: {out}")
+
+
+if __name__ == "__main__":
+    run_script(main)

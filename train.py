@@ -1,0 +1,383 @@
+"""Trains a diffusion transformer, by default a noise-adaptive low-rank one (NA-LR).
+
+    python train.py                                     shapes, model tiny: minutes on a laptop
+    python train.py --dataset cifar10                   the paper's run (DiT-S/2, 800,000 steps): a GPU
+    python train.py --dataset FOLDER --model tiny       your own images: a folder, class folders, .zip, .npz
+    python train.py --resume                            go on with the newest run
+
+The settings of D.1 are the defaults of every DiT-* model. `tiny` has its own: {TINY}.
+Runs of fewer steps than the paper's shorten the warm-up to 5 % of the steps and let the EMA forget faster.
+A run folder holds config.json, metrics.jsonl, state.pt (to go on), model.pt (to sample) and samples/.
+"""
+
+import copy
+import functools
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import flops
+from curriculum import Curriculum, cluster_timesteps
+from data import (DATASETS, InputError, Parser, batch_indices, duration, end_progress, load, pick_device, positive_int,
+                  read_checkpoint, run_script, show_progress, to_unit, write_then_rename)
+from lowrank import orthogonality_penalty, widths
+from model import Config, DiT, add_model_flags, config_from_flags, parameter_count, rank_summary
+from sample import draw_images, newest_run, save_grid
+from schedule import T, NoiseSchedule, add_noise
+
+# ----------------------------------------------------------------------------------------------------
+# Settings
+
+# NA-LR D.1
+PAPER = dict(steps=800_000, batch_size=128, lr=1e-4, warmup=3000, ema_decay=0.9999, label_dropout=0.1, guidance=2.0,
+             log_every=50, save_every=5000, sample_every=20_000)
+TINY = PAPER | dict(steps=3000, batch_size=64, lr=2e-3, warmup=100, ema_decay=0.998, log_every=20, save_every=500,
+                    sample_every=1000)
+
+# What a resumed run may be told anew. Everything else would make it another run.
+MAY_CHANGE = {"steps", "lr", "data_dir", "device", "dtype", "compile", "log_every", "save_every", "sample_every", "guidance"}
+
+
+def parse_arguments():
+    tiny = ", ".join(f"{name} {value}" for name, value in TINY.items() if value != PAPER[name])
+    parser = Parser(description=__doc__.replace("{TINY}", tiny))
+    p = parser.add_argument_group("data and output")
+    p.add_argument("--dataset", metavar="NAME|PATH", help=f"{', '.join(DATASETS)}, or a folder, .zip or .npz (default shapes)")
+    p.add_argument("--data-dir", metavar="DIR", help="where named datasets and decoded caches are kept (default data)")
+    p.add_argument("--image-size", type=positive_int, metavar="N",
+                   help="shapes: size to draw (default 16); files: crop to a square and resize (default: as they are)")
+    p.add_argument("--out", metavar="DIR", help="run folder (default: a new one under runs/)")
+    p.add_argument("--resume", action="store_true", help="go on with the run in --out (default: the newest under runs/)")
+    add_model_flags(parser)
+    p = parser.add_argument_group("training")
+    p.add_argument("--steps", type=positive_int, metavar="N", help="optimiser steps")
+    p.add_argument("--batch-size", type=positive_int, metavar="N", help="images per step")
+    p.add_argument("--lr", type=float, metavar="F", help="base learning rate of AdamW; decays to zero by a cosine")
+    p.add_argument("--warmup", type=int, metavar="N", help="warm-up steps (at most 5 %% of the steps)")
+    p.add_argument("--ema-decay", type=float, metavar="F", help="of the weights that sampling uses")
+    p.add_argument("--label-dropout", type=float, metavar="F", help="chance that a label becomes \"no class\" (default 0.1)")
+    p.add_argument("--no-flip", dest="flip", action="store_false", default=None, help="no random horizontal flips")
+    p.add_argument("--orthogonality", type=float, metavar="F", help="weight of the orthogonality penalty (default 1e-4)")
+    p.add_argument("--curriculum-groups", type=int, metavar="N",
+                   help="timestep groups of the curriculum, 0 = off (default 10 for iso-*, 0 for full and static)")
+    p.add_argument("--curriculum-share", type=float, metavar="F",
+                   help="the curriculum takes at most this share of the steps; 1 = no such limit (default 0.4)")
+    p.add_argument("--seed", type=int, metavar="N", help="of weights, data order, noise and timesteps (default 0)")
+    p = parser.add_argument_group("machine and reports")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"))
+    p.add_argument("--dtype", choices=("float32", "bfloat16"),
+                   help="of the matrix products (default bfloat16 on CUDA, else float32)")
+    p.add_argument("--compile", action="store_true", default=None, help="torch.compile the model")
+    p.add_argument("--log-every", type=positive_int, metavar="N",
+                   help="steps per line of metrics.jsonl; the curriculum, too, reads its losses then")
+    p.add_argument("--save-every", type=positive_int, metavar="N", help="steps per state.pt and model.pt")
+    p.add_argument("--sample-every", type=positive_int, metavar="N", help="steps per sample grid")
+    p.add_argument("--guidance", type=float, metavar="W", help="guidance scale of the sample grids (default 2)")
+    return parser, parser.parse_args()
+
+
+def choose_settings(given: dict, method: str) -> dict:
+    """Every setting of a new run: the defaults of its model, overlaid with what was given."""
+    settings = dict(dataset="shapes", data_dir="data", image_size=None, flip=True, orthogonality=1e-4,
+                    curriculum_groups=10 if method.startswith("iso") else 0, curriculum_share=0.4, seed=0,
+                    device="auto", dtype=None, compile=False)
+    settings["model"] = given.get("model") or ("tiny" if given.get("dataset", "shapes") == "shapes" else "DiT-S/2")
+    settings |= TINY if settings["model"] == "tiny" else PAPER
+    return settings | given
+
+
+def check_settings(s: dict) -> None:
+    """Raises InputError for a value that no run can use."""
+    for name, low, high in (("lr", 0, math.inf), ("ema_decay", 0, 1), ("label_dropout", 0, 1), ("orthogonality", 0, math.inf),
+                            ("curriculum_share", 0, 1), ("curriculum_groups", 0, T), ("warmup", 0, math.inf),
+                            ("seed", 0, 2**31), ("guidance", -math.inf, math.inf)):
+        if not low <= s[name] <= high or s[name] != s[name]:
+            raise InputError(f"--{name.replace('_', '-')} {s[name]} must lie between {low} and {high}")
+
+
+def learning_rate(step: int, start: int, stage: int, s: dict) -> float:
+    """Linear warm-up, then a cosine to zero at the last step; afresh from `start`, the step at which
+    curriculum stage `stage` began, with 2 % less for each introduction and a fifth of the warm-up.
+    NA-LR D.1, C.3.4; that the decay is a cosine is our choice."""
+    warmup = min(s["warmup"], 0.05 * s["steps"]) * (1 if stage == 0 else 0.2)
+    base = s["lr"] * (1 - 0.02 * stage)
+    if step - start < warmup:
+        return base * min(1, (step - start + 1) / warmup)
+    progress = (step - start - warmup) / max(1, s["steps"] - start - warmup)
+    return base * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# ----------------------------------------------------------------------------------------------------
+# The run folder
+
+
+def open_run(args, given: dict) -> tuple[Path | None, dict | None]:
+    """The folder to write to and, with --resume, what its config.json says. A folder of None is to be
+    chosen later: nothing is created before everything a person can get wrong has been checked."""
+    if not args.resume:
+        if args.out and (Path(args.out) / "config.json").exists():
+            raise InputError(f"{args.out} already holds a run; add --resume to go on with it, or choose another --out")
+        if args.out and Path(args.out).exists() and not Path(args.out).is_dir():
+            raise InputError(f"--out {args.out} is a file; name a folder")
+        return (Path(args.out) if args.out else None), None
+    folder = Path(args.out) if args.out else newest_run(file="config.json")
+    if not (folder / "config.json").exists():
+        print(f"nothing to resume in {folder} yet: starting")
+        return folder, None
+    try:
+        saved = json.loads((folder / "config.json").read_text())
+        known = saved["train"] | saved["model"]
+        Config(**saved["model"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / 'config.json'} is not a run's settings ({error})") from None
+    differ = [f"--{k.replace('_', '-')} {v} (the run has {known.get(k)})" for k, v in given.items()
+              if k not in MAY_CHANGE and v != known.get(k)]
+    if differ:
+        raise InputError(f"cannot resume {folder} with other settings: {', '.join(differ)}; leave them out, "
+                         "or train a new run without --resume")
+    return folder, saved
+
+
+def new_folder(s: dict, config: Config) -> Path:
+    """runs/003-shapes-tiny-iso-compute-0.5, counting up."""
+    taken = [int(p.name.split("-")[0]) for p in Path("runs").glob("[0-9]*-*") if p.name.split("-")[0].isdecimal()]
+    data = Path(s["dataset"]).stem
+    keep = "" if config.method == "full" else f"-{config.keep:g}"
+    name = f"{max(taken, default=0) + 1:03d}-{data}-{s['model'].replace('/', '-')}-{config.method}{keep}"
+    return Path("runs") / name
+
+
+def keep_metrics(path: Path, step: int) -> None:
+    """Drops the lines of metrics.jsonl after `step`, which a resumed run will write again, and a last
+    line that a kill has cut off."""
+    if path.exists():
+        lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        write_then_rename(path, lambda file: file.writelines(kept))
+
+
+# ----------------------------------------------------------------------------------------------------
+# The script
+
+
+def main():
+    parser, args = parse_arguments()
+    given = {k: v for k, v in vars(args).items() if v is not None and k not in ("out", "resume")}
+    folder, saved = open_run(args, given)
+    s = (saved["train"] | given) if saved else choose_settings(given, args.method or "iso-compute")
+    check_settings(s)
+    device = pick_device(s["device"])
+    dtype = getattr(torch, s["dtype"] or ("bfloat16" if device.type == "cuda" else "float32"))
+    torch.set_float32_matmul_precision("high")  # TF32 for the few float32 products beside autocast
+
+    # data and model
+    dataset = load(s["dataset"], s["data_dir"], image_size=s["image_size"], seed=s["seed"])
+    n_images, (height, width) = len(dataset.images), dataset.images.shape[2:]
+    if height != width:
+        raise InputError(f"{dataset.name} has images of {width}x{height} pixels; --image-size N crops them to squares")
+    try:
+        facts = dict(image_size=height, num_classes=len(dataset.classes))
+        config = Config(**saved["model"]) if saved else config_from_flags(args, s["model"], **facts)
+    except ValueError as error:
+        parser.error(str(error))
+    if config.num_classes < len(dataset.classes) or config.image_size != height:
+        raise InputError(f"{dataset.name} has {len(dataset.classes)} classes of {height}x{width} images, the model "
+                         f"{config.num_classes} classes of {config.image_size}x{config.image_size}")
+    torch.manual_seed(s["seed"])
+    model = DiT(config, initialise=not saved or not (folder / "state.pt").exists()).to(device)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    ema_parameters, parameters = list(ema.parameters()), list(model.parameters())
+    net = torch.compile(model) if s["compile"] else model
+    optimizer = torch.optim.AdamW(parameters, lr=s["lr"], weight_decay=0.0, fused=device.type in ("cpu", "cuda"))
+
+    # functions of t, and random numbers: timesteps on the host, which must know them, the rest on the device
+    noise_schedule = NoiseSchedule()
+    starts = cluster_timesteps(noise_schedule.log_snr, max(1, s["curriculum_groups"]))
+    curriculum = Curriculum(starts, T, s["steps"], s["curriculum_share"])
+    group_starts = np.array(cluster_timesteps(noise_schedule.log_snr, 5))  # of the logged losses
+    host_rng = torch.Generator().manual_seed(s["seed"])
+    device_rng = torch.Generator(device).manual_seed(s["seed"] + 2**31)
+
+    step, spent = 0, 0  # steps done; multiply-adds spent
+    losses = torch.zeros(s["log_every"], s["batch_size"], device=device)  # per sample, since the last log line
+    timesteps = torch.zeros(s["log_every"], s["batch_size"], dtype=torch.int64)
+    pending = 0  # rows of these two that are filled
+
+    if saved and (folder / "state.pt").exists():
+        state = read_checkpoint(folder / "state.pt", ("step", "model", "ema", "optimizer", "curriculum", "spent", "losses",
+                                                      "timesteps", "host_rng", "device_rng", "device"))
+        try:
+            model.load_state_dict(state["model"])
+            ema.load_state_dict(state["ema"])
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"{folder / 'state.pt'} does not fit config.json: {str(error).splitlines()[0]}") from None
+        curriculum.load_state_dict(state["curriculum"])
+        step, spent, pending = state["step"], state["spent"], min(len(state["losses"]), s["log_every"])
+        losses[:pending], timesteps[:pending] = state["losses"][:pending], state["timesteps"][:pending]
+        host_rng.set_state(state["host_rng"])
+        if state["device"] == device.type:
+            device_rng.set_state(state["device_rng"])
+        else:
+            device_rng.manual_seed(s["seed"] + 2**31 + step)
+            print(f"resumed on {device.type}, not {state['device']}: the noise to come is another")
+    if step >= s["steps"]:
+        raise InputError(f"{folder} has already trained {step} of {s['steps']} steps; --steps N with a larger N goes on")
+
+    # everything that can be wrong has been checked: only now is anything written
+    if folder is None:
+        folder = new_folder(s, config)
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".*.tmp"):  # of a write that a kill cut off
+        leftover.unlink()
+    config_json = json.dumps({"dataset": dataset.name, "model": asdict(config), "train": s}, indent=2)
+    write_then_rename(folder / "config.json", lambda file: file.write(config_json.encode()))
+    keep_metrics(folder / "metrics.jsonl", step)
+    metrics = open(folder / "metrics.jsonl", "a")
+
+    def active_widths(t_low):  # channels per r_max that a step with this smallest timestep computes
+        return model.rank_schedule and {r: model.rank_schedule.active(t_low, r) for r in model.ranks}
+
+    @functools.cache
+    def step_cost(t_low):
+        return flops.train_step(config, s["batch_size"], active_widths(t_low), penalty=s["orthogonality"] > 0)
+
+    full = parameter_count(Config(**asdict(config) | dict(method="full")))
+    per_step = step_cost(1)
+    print(f"run         {folder}" + (f", going on after step {step}" if step else ""))
+    print(f"device      {device}, {str(dtype).removeprefix('torch.')}" + (", compiled" if s["compile"] else ""))
+    print(f"data        {dataset.name}: {n_images:,} images {height}x{width}, {len(dataset.classes) or 'no'} classes")
+    print(f"model       {s['model']}, {config.method}" + ("" if config.method == "full" else f" keep {config.keep:g}")
+          + f": {parameter_count(config):,} parameters (full rank {full:,})")
+    for line in rank_summary(config):
+        print(f"           {line}")
+    print(f"cost        {per_step:.3g} multiply-adds a step of {s['batch_size']}, {per_step * s['steps']:.3g} in "
+          f"{s['steps']:,} steps" + (", less what the curriculum slices away" if len(starts) > 1 else ""), flush=True)
+
+    dataset = dataset.to(device)
+    none, conditional = config.num_classes, len(dataset.classes) > 0
+
+    def to_device(x):  # pinned memory lets the copy run beside the computation: the loop never waits
+        return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+    def save():
+        finite = torch.isfinite(losses[:pending]).all() and all(torch.isfinite(n) for n in torch._foreach_norm(parameters))
+        if not finite:
+            raise not_finite(step)
+        state = dict(step=step, model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
+                     curriculum=curriculum.state_dict(), spent=spent, losses=losses[:pending].cpu(),
+                     timesteps=timesteps[:pending].clone(), host_rng=host_rng.get_state(), device_rng=device_rng.get_state(),
+                     device=device.type)
+        write_then_rename(folder / "state.pt", lambda file: torch.save(state, file))
+        final = dict(config=asdict(config), model=ema.state_dict(), classes=dataset.classes, guidance=s["guidance"], step=step)
+        write_then_rename(folder / "model.pt", lambda file: torch.save(final, file))
+
+    def not_finite(step):
+        end_progress()
+        return InputError(f"the loss stopped being finite before step {step}; {folder} keeps its last good state: "
+                          f"go on with --resume --out {folder} --lr {s['lr'] / 2:g}")
+
+    def save_samples(name):
+        images, _ = draw_images(ema, range(100), list(range(len(dataset.classes))), guidance=s["guidance"])
+        save_grid(folder / "samples" / name, images, len(dataset.classes) if 1 < len(dataset.classes) <= 20 else 10)
+        return folder / "samples" / name
+
+    interrupted = []
+    handlers = {sig: signal.signal(sig, lambda *_: interrupted.append(True) if not interrupted else os._exit(130))
+                for sig in (signal.SIGINT, signal.SIGTERM)}  # the first one stops after this step, the second at once
+    clock, paused, logged = time.time(), 0.0, step  # of the current log interval
+    begin, begin_step = time.time(), step
+
+    while step < s["steps"] and not interrupted:
+        if curriculum.advance(step):
+            optimizer.state.clear()  # C.3.4; the EMA of the weights goes on
+        lr = learning_rate(step, curriculum.start, curriculum.stage, s)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # a batch
+        index = batch_indices(n_images, step, s["batch_size"], s["seed"], device)
+        x_0 = dataset.images[index]
+        if s["flip"]:
+            flip = torch.rand(len(x_0), 1, 1, 1, device=device, generator=device_rng) < 0.5
+            x_0 = torch.where(flip, x_0.flip(3), x_0)
+        x_0 = to_unit(x_0)  # (B, 3, H, W) in [-1, 1]
+        y = dataset.labels[index] if conditional else torch.full_like(index, none)
+        if conditional:
+            y = torch.where(torch.rand(len(y), device=device, generator=device_rng) < s["label_dropout"], none, y)
+        eps = torch.randn(x_0.shape, device=device, generator=device_rng)
+        t = curriculum.sample(s["batch_size"], host_rng)  # (B,) on the host
+        x_t = add_noise(x_0, eps, *map(to_device, noise_schedule.coefficients(t)))
+
+        # one step; the rank of every sample is decided here, once
+        t_device = to_device(t)
+        active = model.active_ranks(t_device, curriculum.t_low)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            eps_hat = net(x_t, t_device, y, active)
+        sample_loss = (eps_hat.float() - eps).square().mean((1, 2, 3))  # (B,)
+        loss = sample_loss.mean()
+        if s["orthogonality"] > 0 and model.ranks:
+            loss = loss + s["orthogonality"] * orthogonality_penalty(model, active)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch._foreach_lerp_(ema_parameters, parameters, 1 - min(s["ema_decay"], (1 + step) / (10 + step)))
+
+        losses[pending], timesteps[pending] = sample_loss.detach(), t
+        step, pending, spent = step + 1, pending + 1, spent + step_cost(curriculum.t_low)
+
+        if pending == s["log_every"] or step == s["steps"]:
+            values = losses[:pending].cpu().double()  # here, and only here, the loop waits for the device
+            if not torch.isfinite(values).all():
+                raise not_finite(step)
+            curriculum.observe(step - pending, values.mean(1).tolist())
+            group = np.searchsorted(group_starts, timesteps[:pending].flatten().numpy(), side="right") - 1
+            sums = np.bincount(group, values.flatten().numpy(), len(group_starts))
+            counts = np.bincount(group, minlength=len(group_starts))
+            k = active_widths(curriculum.t_low)
+            now = time.time()
+            line = dict(step=step, loss=values.mean().item(),
+                        loss_by_group=[float(a / c) if c else None for a, c in zip(sums, counts)], lr=lr,
+                        stage=curriculum.stage, t_low=curriculum.t_low, t_high=T,
+                        active_rank=max(k.values()) if k else max(model.ranks, default=None),
+                        images_per_s=(step - logged) * s["batch_size"] / (now - clock - paused), flops=spent)
+            metrics.write(json.dumps(line) + "\n")
+            metrics.flush()
+            rate = (now - begin) / (step - begin_step)
+            show_progress(f"step {step:,}/{s['steps']:,}  loss {line['loss']:.4f}  lr {lr:.1e}  "
+                          f"stage {curriculum.stage + 1}/{len(starts)} t>={curriculum.t_low}"
+                          + (f" rank {line['active_rank']}" if line["active_rank"] else "")
+                          + f"  {line['images_per_s']:.0f} images/s  {duration(rate * (s['steps'] - step))} left")
+            pending, clock, paused, logged = 0, now, 0.0, step
+
+        pause = time.time()
+        if step % s["save_every"] == 0 or step == s["steps"]:
+            save()
+        if step % s["sample_every"] == 0 and step < s["steps"] and not interrupted:
+            save_samples(f"step_{step:07d}.png")
+        paused += time.time() - pause
+
+    end_progress()
+    for sig, handler in handlers.items():
+        signal.signal(sig, handler)
+    if step < s["steps"]:
+        save()
+        print(f"stopped after step {step}; go on with: python train.py --resume --out {folder}", file=sys.stderr)
+        sys.exit(130)
+    picture = save_samples("final.png")
+    print(f"done in {duration(time.time() - begin)}: {spent:.3g} multiply-adds, "
+          f"{1 - spent / (per_step * s['steps']):.1%} less than without the curriculum")
+    print(f"picture     {picture}" + (f" (columns: {', '.join(dataset.classes)})" if 1 < len(dataset.classes) <= 20 else ""))
+    print(f"more        python sample.py --run {folder}")
+
+
+if __name__ == "__main__":
+    run_script(main)
