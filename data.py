@@ -160,16 +160,16 @@ def _polygon(x, y, corners, radius):
 
 
 def _star(x, y):
-    """Inside a five-pointed star: the edge runs straight from a tip (radius 1) to a notch (0.42)."""
+    """Inside a five-pointed star: the edge runs straight from a tip (radius 1) to a notch (0.45)."""
     angle = torch.remainder(torch.atan2(x, y), 2 * math.pi / 5)
     angle = torch.minimum(angle, 2 * math.pi / 5 - angle)  # folded: 0 at the tip, pi/5 at the notch
     px, py = torch.hypot(x, y) * torch.sin(angle), torch.hypot(x, y) * torch.cos(angle)
-    nx, ny = 0.42 * math.sin(math.pi / 5), 0.42 * math.cos(math.pi / 5)
+    nx, ny = 0.45 * math.sin(math.pi / 5), 0.45 * math.cos(math.pi / 5)
     return nx * (py - 1) - (ny - 1) * px < 0
 
 
 def _plus(x, y):
-    return (torch.minimum(x.abs(), y.abs()) < 0.26) & (torch.maximum(x.abs(), y.abs()) < 0.9)
+    return (torch.minimum(x.abs(), y.abs()) < 0.3) & (torch.maximum(x.abs(), y.abs()) < 0.9)
 
 
 def _heart(x, y):
@@ -179,14 +179,14 @@ def _heart(x, y):
 
 SHAPES = {
     "circle": lambda x, y: torch.hypot(x, y) < 0.9,
-    "ring": lambda x, y: (torch.hypot(x, y) < 0.95) & (torch.hypot(x, y) > 0.5),
+    "ring": lambda x, y: (torch.hypot(x, y) < 0.95) & (torch.hypot(x, y) > 0.45),
     "square": lambda x, y: torch.maximum(x.abs(), y.abs()) < 0.78,
     "triangle": lambda x, y: _polygon(x, y + 0.2, 3, 1.1),
-    "diamond": lambda x, y: x.abs() / 0.62 + y.abs() < 1,
+    "diamond": lambda x, y: x.abs() / 0.7 + y.abs() < 1,
     "plus": _plus,
     "cross": lambda x, y: _plus((x + y) / math.sqrt(2), (x - y) / math.sqrt(2)),
     "star": _star,
-    "moon": lambda x, y: (torch.hypot(x, y) < 0.95) & (torch.hypot(x - 0.5, y) > 0.75),
+    "moon": lambda x, y: (torch.hypot(x, y) < 0.95) & (torch.hypot(x - 0.6, y) > 0.75),
     "heart": _heart,
 }
 
@@ -195,14 +195,14 @@ def draw_shapes(n: int, size: int = 16, seed: int = 0) -> tuple[torch.Tensor, to
     """Draws n images of the ten SHAPES, class i % 10 for image i.
 
     Random per image: colour (bright), ground (dark), radius, place (always wholly inside) and a
-    rotation of up to 15 degrees. Antialiased by 4 x 4 points a pixel.
+    rotation of up to 10 degrees. Antialiased by 4 x 4 points a pixel.
     Returns uint8 (n, 3, size, size) and int64 labels (n,). The same seed draws the same images.
     """
     g = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % len(SHAPES)
-    radius = 0.62 + 0.28 * torch.rand(n, generator=g)  # of half the image's side
+    radius = 0.8 + 0.15 * torch.rand(n, generator=g)  # of half the image's side
     shift = (1 - radius)[:, None] * (2 * torch.rand(n, 2, generator=g) - 1)
-    rotation = (2 * torch.rand(n, generator=g) - 1) * math.pi / 12
+    rotation = (2 * torch.rand(n, generator=g) - 1) * math.pi / 18
     ground = 40 * torch.rand(n, 3, 1, 1, generator=g)
     hue = torch.rand(n, 1, generator=g) + torch.tensor([0, 1 / 3, 2 / 3])  # (n, 3)
     colour = 255 * (0.25 + 0.75 * (0.5 + 0.5 * torch.cos(2 * math.pi * hue)))[:, :, None, None]

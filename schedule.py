@@ -6,6 +6,7 @@ lowrank.py.
 """
 
 import math
+from bisect import bisect_left
 from fractions import Fraction
 
 import torch
@@ -135,9 +136,11 @@ def iso_compute_rank(r_base: int, rank_schedule: RankSchedule, limit: int) -> in
     that the model does not depend on how it will be sampled."""
     visited = torch.tensor(sampling_timesteps(100)[:-1])
 
-    def distance(r_max: int) -> float:
-        return abs(rank_schedule.table(r_max)[visited].double().mean().item() - r_base)
+    def average(r_max: int) -> float:
+        return rank_schedule.table(r_max)[visited].double().mean().item()
 
-    # the average grows with r_max and is at least rho_min of it, which bounds the search
-    highest = min(limit, math.ceil(r_base / _exact(rank_schedule.rho_min)))
-    return min(range(min(r_base, limit), highest + 1), key=distance)
+    # the average never falls as r_max grows, and is at least rho_min of it: bisection finds the place
+    candidates = range(min(r_base, limit), min(limit, math.ceil(r_base / _exact(rank_schedule.rho_min))) + 1)
+    i = bisect_left(candidates, r_base, key=average)
+    closest = min(candidates[max(0, i - 1):i + 1], key=lambda r_max: abs(average(r_max) - r_base))
+    return candidates[bisect_left(candidates, average(closest), key=average)]

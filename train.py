@@ -39,8 +39,7 @@ from schedule import T, NoiseSchedule, add_noise
 # NA-LR D.1
 PAPER = dict(steps=800_000, batch_size=128, lr=1e-4, warmup=3000, ema_decay=0.9999, label_dropout=0.1, guidance=2.0,
              log_every=50, save_every=5000, sample_every=20_000)
-TINY = PAPER | dict(steps=3000, batch_size=64, lr=2e-3, warmup=100, ema_decay=0.998, log_every=20, save_every=500,
-                    sample_every=1000)
+TINY = PAPER | dict(steps=3000, batch_size=64, lr=2e-3, warmup=100, ema_decay=0.998, log_every=20, save_every=500)
 
 # What a resumed run may be told anew. Everything else would make it another run.
 MAY_CHANGE = {"steps", "lr", "data_dir", "device", "dtype", "compile", "log_every", "save_every", "sample_every", "guidance"}
@@ -176,7 +175,8 @@ def main():
     check_settings(s)
     device = pick_device(s["device"])
     dtype = getattr(torch, s["dtype"] or ("bfloat16" if device.type == "cuda" else "float32"))
-    torch.set_float32_matmul_precision("high")  # TF32 for the few float32 products beside autocast
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for the few float32 products beside autocast
 
     # data and model
     dataset = load(s["dataset"], s["data_dir"], image_size=s["image_size"], seed=s["seed"])
@@ -229,8 +229,8 @@ def main():
         else:
             device_rng.manual_seed(s["seed"] + 2**31 + step)
             print(f"resumed on {device.type}, not {state['device']}: the noise to come is another")
-    if step >= s["steps"]:
-        raise InputError(f"{folder} has already trained {step} of {s['steps']} steps; --steps N with a larger N goes on")
+    if step > s["steps"]:
+        raise InputError(f"{folder} has already trained {step} steps; --steps {s['steps']} cannot take any back")
 
     # everything that can be wrong has been checked: only now is anything written
     if folder is None:
@@ -373,8 +373,8 @@ def main():
         print(f"stopped after step {step}; go on with: python train.py --resume --out {folder}", file=sys.stderr)
         sys.exit(130)
     picture = save_samples("final.png")
-    print(f"done in {duration(time.time() - begin)}: {spent:.3g} multiply-adds, "
-          f"{1 - spent / (per_step * s['steps']):.1%} less than without the curriculum")
+    print(f"done in {duration(time.time() - begin)}: {spent:.3g} multiply-adds"
+          + (f", {1 - spent / (per_step * s['steps']):.1%} less than without the curriculum" if len(starts) > 1 else ""))
     print(f"picture     {picture}" + (f" (columns: {', '.join(dataset.classes)})" if 1 < len(dataset.classes) <= 20 else ""))
     print(f"more        python sample.py --run {folder}")
 

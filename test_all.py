@@ -1,0 +1,1448 @@
+"""Every test: sections in the order of the files, one property per test, the equation in its docstring.
+
+    pytest test_all.py                  all, about three minutes on two CPU cores
+    pytest test_all.py -k "mask or phi" some
+
+A test here fails when its equation is wrong: each was seen to fail with the equation broken.
+"""
+
+import contextlib
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from dataclasses import asdict, replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import curriculum
+import data
+import flops
+import lowrank
+import model
+import sample
+import schedule
+import train
+from model import Config, DiT
+from schedule import T
+
+HERE = Path(__file__).parent
+SMALL = dict(depth=2, width=32, heads=2, patch=2, image_size=8, num_classes=4, dense_mlp_blocks=0)
+
+
+def relative(a, b):
+    """max |a - b| / max |b|"""
+    return ((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item()
+
+
+def awake(config, seed=0, dtype=torch.float64):
+    """A model whose every weight matters: as initialised, adaLN-Zero makes the output zero."""
+    torch.manual_seed(seed)
+    net = DiT(config).to(dtype)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn_like(p) / p.shape[-1] ** 0.5)
+    return net
+
+
+def inputs(config, n, seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, config.channels, config.image_size, config.image_size, generator=g, dtype=torch.float64).to(dtype)
+    return x, torch.randint(1, T + 1, (n,), generator=g), torch.randint(0, config.num_classes + 1, (n,), generator=g)
+
+
+def cli(module, *arguments):
+    """Runs a script's main() with these arguments, in this process: (exit status, stdout, stderr)."""
+    out, err, code, argv = io.StringIO(), io.StringIO(), 0, sys.argv
+    sys.argv = [f"{module.__name__}.py", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            data.run_script(module.main)
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        sys.argv = argv
+    return code, out.getvalue(), err.getvalue()
+
+
+def refuses(module, *arguments, says):
+    """Bad input: exit status 2 and one line on stderr that holds every word of `says`."""
+    code, _, err = cli(module, *arguments)
+    assert code == 2, err
+    assert err.count("\n") == 1 and err.endswith("\n"), err
+    for word in says if isinstance(says, tuple) else (says,):
+        assert word in err, err
+    return err
+
+
+# ----------------------------------------------------------------------------------------------------
+# schedule.py
+
+
+def test_cosine_noise_schedule():
+    """Nichol and Dhariwal 2021, Eq. (17): alpha_bar_t = f(t)/f(0); beta clipped at 0.999 changes T alone."""
+    s = schedule.NoiseSchedule()
+    assert s.alpha_bar.dtype == s.log_snr.dtype == torch.float64 and len(s.alpha_bar) == len(s.log_snr) == T + 1
+    assert s.alpha_bar[0] == 1
+    f = lambda t: math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
+    for t in (1, 2, 10, 500, 998, 999):
+        assert s.alpha_bar[t].item() == pytest.approx(f(t) / f(0), rel=1e-10)
+    assert (s.alpha_bar[T] / s.alpha_bar[T - 1]).item() == pytest.approx(0.001, rel=1e-9)
+
+
+def test_log_snr():
+    """SNR(t) = ab_t / (1 - ab_t), NA-LR B.1; it falls with every t, and by 6.9 at T."""
+    s = schedule.NoiseSchedule()
+    assert torch.allclose(s.log_snr[1:].exp(), s.alpha_bar[1:] / (1 - s.alpha_bar[1:]), rtol=1e-10)
+    assert (s.log_snr.diff() < 0).all() and s.log_snr[0] == torch.inf
+    assert (s.log_snr[T - 1] - s.log_snr[T]).item() == pytest.approx(6.9, abs=0.05)
+
+
+def test_add_noise_keeps_variance():
+    """x_t = sqrt(ab_t) x_0 + sqrt(1 - ab_t) eps"""
+    s, t = schedule.NoiseSchedule(), torch.tensor([1, 300, 1000])
+    signal_, noise = s.coefficients(t)
+    assert signal_.dtype == noise.dtype == torch.float32 and signal_.shape == (3, 1, 1, 1)
+    assert torch.allclose(signal_.squeeze() ** 2, s.alpha_bar[t].float(), rtol=1e-6)
+    x_0, eps = torch.randn(2, 3, 3, 4, 4)
+    x_t = schedule.add_noise(x_0, eps, signal_, noise)
+    assert torch.allclose(x_t[1], s.alpha_bar[300].sqrt().float() * x_0[1] + (1 - s.alpha_bar[300]).sqrt().float() * eps[1])
+
+
+@pytest.mark.parametrize("n", [1, 3, 7, 100, 333, 1000])
+def test_sampling_timesteps(n):
+    """n evenly spaced timesteps from T down, rounded, then 0."""
+    visited = schedule.sampling_timesteps(n)
+    assert len(visited) == n + 1 and visited[0] == T and visited[-1] == 0
+    assert all(abs(t - T * (n - i) / n) <= 0.5 for i, t in enumerate(visited))
+    assert all(a > b for a, b in zip(visited, visited[1:]))
+    if n == 100:
+        assert visited == [*range(1000, 0, -10), 0]
+
+
+@pytest.mark.parametrize("n", [0, 1001])
+def test_sampling_timesteps_out_of_range(n):
+    with pytest.raises(ValueError, match="1 to 1000"):
+        schedule.sampling_timesteps(n)
+
+
+@pytest.mark.parametrize("profile, rho_min, warm_start", [("logistic", 0.4, 0.1), ("linear", 0.4, 0.1), ("linear", 0.3, 0.0),
+                                                          ("logistic", 0.07, 0.29), ("linear", 1.0, 0.0)])
+@pytest.mark.parametrize("r_max", [1, 7, 10, 100, 136, 218])
+def test_phi(profile, rho_min, warm_start, r_max):
+    """NA-LR Eq. (2), (7) and C.1.3, against exact fractions where the profile is rational."""
+    phi = schedule.RankSchedule(profile, rho_min, warm_start)
+    r_min = math.ceil(Fraction(str(rho_min)) * r_max)
+    for t in range(T + 1):
+        if t <= math.floor(Fraction(str(warm_start)) * T):
+            expected = r_max
+        elif profile == "linear":
+            expected = r_min + math.ceil((r_max - r_min) * (1 - Fraction(t, T)))
+        else:
+            expected = r_min + math.ceil((r_max - r_min) / (1 + math.exp(8 * (t / T - 0.5))))
+        assert phi.active(t, r_max) == expected, t
+    assert torch.equal(phi.active(torch.tensor([0, 5, T]), r_max), torch.tensor([phi.active(t, r_max) for t in (0, 5, T)]))
+
+
+def test_phi_is_nested_and_reaches_r_max():
+    """t_1 < t_2 implies Phi(t_1) >= Phi(t_2); r_max at the clean end, r_min only with the linear profile."""
+    logistic, linear = (schedule.RankSchedule(p) for p in ("logistic", "linear"))
+    for phi in (logistic, linear):
+        table = phi.table(136)
+        assert (table.diff() <= 0).all() and table[1] == table[100] == 136 > table[101]
+    assert linear.active(T, 136) == math.ceil(0.4 * 136) == logistic.active(T, 136) - 2
+
+
+def test_rank_of_a_kept_share():
+    """r = floor(p m n / (m + n)), from the decimal that was typed."""
+    assert [schedule.base_rank(p, 384, 384) for p in (0.75, 0.5, 0.25, 0.1)] == [144, 96, 48, 19]
+    assert schedule.base_rank(0.07, 200, 200) == 7 and schedule.base_rank(0.29, 200, 200) == 29
+    assert schedule.base_rank(0.001, 8, 8) == 1
+
+
+@pytest.mark.parametrize("r_base", [1, 5, 10, 48, 96, 153])
+@pytest.mark.parametrize("rho_min", [0.1, 0.4, 1.0])
+def test_iso_compute_matches_the_average_rank(r_base, rho_min):
+    """NA-LR 3.1: no r_max brings the schedule's average over the 100 sampling timesteps closer to r_base."""
+    phi = schedule.RankSchedule(rho_min=rho_min)
+    average = lambda r: sum(phi.active(t, r) for t in range(10, T + 1, 10)) / 100
+    best = schedule.iso_compute_rank(r_base, phi, 10**6)
+    assert all(abs(average(best) - r_base) <= abs(average(r) - r_base) for r in range(1, 4 * r_base + 3))
+    assert schedule.iso_compute_rank(r_base, phi, r_base) == r_base  # the limit, min(m, n)
+
+
+# ----------------------------------------------------------------------------------------------------
+# lowrank.py
+
+
+def layer(n, m, r, dtype):
+    torch.manual_seed(n + m)
+    low = lowrank.LowRankLinear(n, m, r).to(dtype)
+    with torch.no_grad():
+        for p in low.parameters():
+            p.normal_()
+    return low
+
+
+DIT_S = sorted({(l.n, l.m, l.rank) for l in model.linear_layers(Config()) if l.rank})  # every layer shape of DiT-S/2
+
+
+@pytest.mark.parametrize("n, m, r", DIT_S)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_masked_sliced_and_dense_product_agree(n, m, r, dtype, tolerance):
+    """Eq. (4) = Eq. (5) = U_k V_k^T x for every layer shape and every distinct Phi(t): outputs and gradients."""
+    low = layer(n, m, r, dtype)
+    x = torch.randn(2, 3, n, dtype=dtype, requires_grad=True)
+    direction = torch.randn(2, 3, m, dtype=dtype)
+
+    def run(y):
+        return [y.detach()] + [g.detach() for g in torch.autograd.grad((y * direction).sum(), [x, low.U, low.V, low.bias])]
+
+    for k in schedule.RankSchedule().table(r).unique().tolist():
+        sliced = run(low(x, {r: k}))
+        masked = run(low(x, lowrank.masks({r: torch.full((2,), k)}, {r: r})))
+        dense = run(F.linear(x, low.U[:k].t() @ low.V[:k], low.bias))
+        assert torch.equal(low.weight(k), low.U[:k].t() @ low.V[:k])
+        for a, b, c in zip(sliced, masked, dense):
+            assert relative(a, c) < tolerance and relative(b, c) < tolerance
+        assert not sliced[2][k:].any() and not sliced[3][k:].any()  # unused channels: gradient of zero
+
+
+def test_mask_is_per_sample():
+    """S_{j,i} = 1[j <= k(t_i)], Eq. (3), here j from 0; samples of one batch use different ranks."""
+    phi = torch.tensor([1, 3, 4])
+    mask = lowrank.masks({4: phi}, {4: 4})[4]
+    assert mask.tolist() == [[1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    low, x = layer(8, 6, 4, torch.float64), torch.randn(3, 5, 8, dtype=torch.float64)
+    y = low(x, {4: mask.double()})
+    for i, k in enumerate(phi.tolist()):
+        assert relative(y[i], low(x[i:i + 1], {4: k})[0]) < 1e-12
+    assert relative(low(x[:, 0], {4: mask.double()}), y[:, 0]) < 1e-12  # per-sample layers: (B, n) without tokens
+
+
+def test_two_ranks_in_two_threads():
+    """The rank is an argument: nothing on the module changes, so two passes can share one model."""
+    net = awake(Config(**SMALL))
+    x, _, y = inputs(net.config, 2)
+    results, alone = {}, {}
+
+    def run(t, into):
+        for _ in range(20):
+            with torch.no_grad():
+                into[t] = net(x, torch.full((2,), t), y, net.active_ranks(t))
+
+    for t in (1, 1000):
+        run(t, alone)
+    threads = [threading.Thread(target=run, args=(t, results)) for t in (1, 1000)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    assert all(torch.equal(results[t], alone[t]) for t in alone) and not torch.equal(alone[1], alone[1000])
+
+
+def test_spectral_initialisation():
+    """Khodak et al. 2021: U V^T is the best rank-r approximation of W, its singular values split evenly."""
+    W = torch.randn(20, 12, dtype=torch.float64)
+    S = torch.linalg.svdvals(W)
+    U, V = lowrank.spectral_factors(W, 5)
+    assert U.shape == (5, 20) and V.shape == (5, 12)
+    assert torch.linalg.norm(W - U.t() @ V).item() == pytest.approx(S[5:].square().sum().sqrt().item(), rel=1e-10)
+    assert torch.allclose(U @ U.t(), S[:5].diag()) and torch.allclose(V @ V.t(), S[:5].diag())
+
+
+def test_a_layer_of_zeros_still_trains():
+    """adaLN starts at zero: U = 0, V orthonormal, so the first gradient of U is not zero."""
+    dense = torch.nn.ModuleDict({"a": lowrank.Linear(12, 20)})
+    torch.nn.init.zeros_(dense["a"].weight)
+    lowrank.factorise(dense, {"a": 5})
+    low = dense["a"]
+    assert not low.U.any() and torch.allclose(low.V @ low.V.t(), torch.eye(5), atol=1e-5)
+    low(torch.randn(4, 12)).square().sum().add(low(torch.ones(1, 12)).sum()).backward()
+    assert low.U.grad.abs().max() > 0
+
+
+def test_factorise_at_the_full_rank_changes_nothing():
+    """Turning a dense DiT into a low-rank one: at rank min(m, n) its output is the dense model's."""
+    net = awake(Config(**SMALL, method="full"))
+    x, t, y = inputs(net.config, 3)
+    before = net(x, t, y)
+    lowrank.factorise(net, {l.name: min(l.m, l.n) for l in model.linear_layers(net.config)})
+    assert len(lowrank.low_rank_layers(net)) == len(model.linear_layers(net.config))
+    assert relative(net(x, t, y), before) < 1e-10
+
+
+def test_orthogonality_penalty():
+    """(||offdiag(U^T U)||^2 + ||offdiag(V^T V)||^2) / k over the active channels, and its gradient."""
+    net = awake(Config(**SMALL))
+    active = {r: r // 2 for r in net.ranks}
+    plain = 0.0
+    for low in lowrank.low_rank_layers(net):
+        for factor in (low.U, low.V):
+            f = factor[:active[low.rank]]
+            gram = f @ f.t()
+            plain = plain + (gram - gram.diag().diag()).square().sum() / len(f)
+    expected = torch.autograd.grad(plain, [p for p in net.parameters()], allow_unused=True)
+    penalty = lowrank.orthogonality_penalty(net, active)
+    found = torch.autograd.grad(penalty, [p for p in net.parameters()], allow_unused=True)
+    assert penalty.item() == pytest.approx(plain.item(), rel=1e-12)
+    assert all((a is None) == (b is None) and (a is None or relative(a, b) < 1e-12) for a, b in zip(found, expected))
+    low = lowrank.low_rank_layers(net)[0]
+    gradient = dict(zip(net.parameters(), found))[low.U]
+    assert not gradient[active[low.rank]:].any() and gradient[:active[low.rank]].any()  # sliced away: untouched
+
+
+def test_orthogonality_penalty_of_rank_one_is_zero():
+    assert lowrank.orthogonality_penalty(torch.nn.ModuleList([layer(6, 4, 1, torch.float32)])).item() == 0
+
+
+def test_orthogonality_penalty_lowers_the_off_diagonals():
+    """Its default weight visibly orthogonalises the factors and leaves the denoising loss alone."""
+    outcome = []
+    for weight in (0.0, 1e-4):
+        net = DiT(Config(**SMALL, method="static"))
+        net.load_state_dict(awake(net.config, dtype=torch.float32).state_dict())
+        optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0)
+        g = torch.Generator().manual_seed(0)
+        for _ in range(120):
+            x, t, y = torch.randn(16, 3, 8, 8, generator=g), torch.randint(1, T + 1, (16,), generator=g), torch.zeros(16).long()
+            loss = (net(x, t, y) - x).square().mean()
+            (loss + weight * lowrank.orthogonality_penalty(net)).backward()
+            optimizer.step(), optimizer.zero_grad()
+        outcome.append((lowrank.orthogonality_penalty(net).item(), loss.item()))
+    (off, loss), (off_with, loss_with) = outcome
+    assert off_with < 0.9 * off and abs(loss_with - loss) < 0.05 * loss
+
+
+# ----------------------------------------------------------------------------------------------------
+# model.py
+
+
+@pytest.mark.parametrize("method, keep, published", [("full", 1.0, 39_795_852), ("static", 0.75, 31.34), ("static", 0.5, 22.94),
+                                                     ("static", 0.25, 14.53), ("iso-param", 0.25, 14.53)])
+def test_published_parameter_counts(method, keep, published):
+    """NA-LR Table 2, with 1,000 classes: the built model, to the last printed digit."""
+    config = Config(method=method, keep=keep, num_classes=1000)
+    built = sum(p.numel() for p in DiT(config, initialise=False).parameters())
+    assert built == model.parameter_count(config)
+    assert built == published if method == "full" else f"{built / 1e6:.2f}" == f"{published:.2f}"
+
+
+def test_published_parameters_of_dit_b():
+    """NA-LR Table 8."""
+    assert model.parameter_count(Config(**model.PRESETS["DiT-B/2"], num_classes=1000, method="full")) == 147_421_452
+
+
+@pytest.mark.parametrize("method", model.METHODS)
+@pytest.mark.parametrize("more", [{}, {"conditioning": "shared", "factorise": "attention-mlp"}, {"dense_mlp_blocks": 1, "num_classes": 0}])
+def test_linear_layers_describe_the_built_model(method, more):
+    """Names, shapes and ranks of `linear_layers` are those of the modules; nothing is left out."""
+    config = Config(**SMALL | more, method=method)
+    net = DiT(config)
+    layers = {l.name: l for l in model.linear_layers(config)}
+    built = {name: module for name, module in net.named_modules() if isinstance(module, (lowrank.Linear, lowrank.LowRankLinear))}
+    assert built.keys() == layers.keys()
+    for name, module in built.items():
+        l = layers[name]
+        if l.rank is None:
+            assert module.weight.shape == (l.m, l.n)
+        else:
+            assert module.U.shape == (l.rank, l.m) and module.V.shape == (l.rank, l.n)
+    assert sum(p.numel() for p in net.parameters()) == model.parameter_count(config)
+
+
+def test_the_published_layers_are_factorised():
+    """Per block Q, K, V, Out, adaLN, both embedder layers; MLPs but in the first block; nothing final."""
+    dense = {l.name for l in model.linear_layers(Config()) if l.rank is None}
+    assert dense == {"blocks.0.mlp_in", "blocks.0.mlp_out", "final_adaln", "final_out"}
+
+
+@pytest.mark.parametrize("conditioning", ["per-block", "shared"])
+def test_a_masked_batch_is_each_sample_sliced(conditioning):
+    """The whole model: a batch of different t, masked, equals each sample alone, sliced to its Phi(t)."""
+    net = awake(Config(**SMALL, conditioning=conditioning))
+    x, _, y = inputs(net.config, 5)
+    t = torch.tensor([1, 150, 500, 700, 1000])
+    whole = net(x, t, y)
+    for i in range(5):
+        alone = net(x[i:i + 1], t[i:i + 1], y[i:i + 1], net.active_ranks(int(t[i])))
+        assert relative(whole[i], alone[0]) < 1e-12
+
+
+def test_a_stage_slices_and_masks_to_the_same_gradients():
+    """In a curriculum stage, t >= t_low: slicing to Phi(t_low) and masking within gives masking's gradients."""
+    net = awake(Config(**SMALL))
+    x, _, y = inputs(net.config, 6)
+    t = torch.tensor([664, 700, 800, 900, 990, 1000])
+    gradients = []
+    for t_low in (664, 1):
+        active = net.active_ranks(t, t_low)
+        assert lowrank.widths(active) == {r: net.rank_schedule.active(t_low, r) for r in net.ranks}
+        loss = net(x, t, y, active).square().mean()
+        gradients.append(torch.autograd.grad(loss, list(net.parameters())))
+    assert lowrank.widths(net.active_ranks(t, 664)) != lowrank.widths(net.active_ranks(t, 1))
+    assert all(relative(a, b) < 1e-10 for a, b in zip(*gradients))
+
+
+def test_channels_that_a_stage_does_not_use_do_not_move():
+    """AdamW moves a parameter of zero gradient while it has momentum: unused channels must have none."""
+    net = awake(Config(**SMALL), dtype=torch.float32)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    x, _, y = inputs(net.config, 4, dtype=torch.float32)
+    t = torch.tensor([900, 950, 990, 1000])
+    for _ in range(3):
+        active = net.active_ranks(t, 900)
+        (net(x, t, y, active).square().mean() + lowrank.orthogonality_penalty(net, active)).backward()
+        optimizer.step(), optimizer.zero_grad()
+    for name, module in net.named_modules():
+        if isinstance(module, lowrank.LowRankLinear):
+            k = net.rank_schedule.active(900, module.rank)
+            for factor in ("U", "V"):
+                now, then = getattr(module, factor), before[f"{name}.{factor}"]
+                assert torch.equal(now[k:], then[k:]) and k < module.rank
+                assert not torch.equal(now[:k], then[:k])
+
+
+@pytest.mark.parametrize("method", ["full", "iso-compute"])
+def test_adaln_zero(method):
+    """A fresh DiT predicts eps = 0 for everything (Peebles and Xie 2023), and its first gradient is not zero."""
+    torch.manual_seed(0)
+    net = DiT(Config(**SMALL, method=method))
+    x, t, y = inputs(net.config, 3, dtype=torch.float32)
+    out = net(x, t, y)
+    assert not out.any()
+    (out - x).square().mean().backward()
+    assert net.final_out.weight.grad.abs().max() > 0
+
+
+def test_patches_come_back_to_their_place():
+    """With identity blocks, every output patch is the LayerNorm of the input patch at the same place."""
+    config = Config(depth=1, width=12, heads=1, patch=2, image_size=6, method="full")
+    net = DiT(config).double()
+    with torch.no_grad():
+        # both ends as the identity on a patch's values in the order (row, column, channel)
+        identity = torch.eye(12, dtype=torch.float64)
+        net.patchify.weight.copy_(identity.view(12, 2, 2, 3).permute(0, 3, 1, 2))
+        net.final_out.weight.copy_(identity)
+        net.position.zero_()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    y = net(x, torch.tensor([1, 2]), torch.tensor([0, 1]))
+    for i, j in itertools.product(range(0, 6, 2), repeat=2):
+        patch = x[:, :, i:i + 2, j:j + 2].permute(0, 2, 3, 1).reshape(2, 12)
+        expected = F.layer_norm(patch, (12,), eps=1e-6).view(2, 2, 2, 3).permute(0, 3, 1, 2)
+        assert relative(y[:, :, i:i + 2, j:j + 2], expected) < 1e-12
+
+
+def test_embeddings():
+    """Sinusoids at 10000^(-i/128), cosines first; 2-D positions: column in the first half, row in the second."""
+    e = model.timestep_embedding(torch.tensor([0, 700]))
+    assert e.shape == (2, 256) and e[0, :128].eq(1).all() and e[0, 128:].eq(0).all()
+    assert e[1, 5].item() == pytest.approx(math.cos(700 * 10000 ** (-5 / 128)), abs=1e-4)
+    p = model.position_embedding(16, 3).view(3, 3, 16)  # (row, column, D)
+    assert p[2, 1, 1].item() == pytest.approx(math.sin(1 * 10000 ** (-1 / 4)))
+    assert p[2, 1, 8 + 4].item() == pytest.approx(math.cos(2))
+
+
+def test_conditioning_reaches_the_output():
+    """Different t, different y, and "no class" all give different outputs; per-block embedders are separate."""
+    net = awake(Config(**SMALL, method="full"))
+    x = inputs(net.config, 1)[0]
+    outs = [net(x, torch.tensor([t]), torch.tensor([y])) for t, y in ((5, 0), (6, 0), (5, 1), (5, 4))]
+    assert all(relative(a, b) > 1e-4 for a, b in itertools.combinations(outs, 2))
+    assert len(net.embedders) == 2 and len(DiT(Config(**SMALL, conditioning="shared")).embedders) == 1
+
+
+@pytest.mark.parametrize("wrong", [dict(image_size=9), dict(keep=0.0), dict(keep=1.5), dict(heads=3), dict(method="lora"),
+                                   dict(rho_min=0.0), dict(warm_start=2.0), dict(num_classes=-1), dict(rank_profile="cubic")])
+def test_config_refuses(wrong):
+    with pytest.raises(ValueError):
+        Config(**SMALL | wrong)
+
+
+# ----------------------------------------------------------------------------------------------------
+# curriculum.py
+
+
+@pytest.mark.parametrize("n, starts", [(10, [1, 7, 32, 111, 324, 664, 880, 961, 988, 997]), (5, [1, 34, 359, 901, 991]), (1, [1])])
+def test_timestep_groups(n, starts):
+    """NA-LR B.1, C.3.1: the groups of the cosine schedule."""
+    assert curriculum.cluster_timesteps(schedule.NoiseSchedule().log_snr, n) == starts
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_timestep_groups_are_optimal(seed):
+    """Against all partitions: least largest cost, then the longest groups from low noise up."""
+    size, n = 10, 1 + seed % 5
+    steps = torch.rand(size + 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).mul(8).ceil()
+    log_snr = -steps.cumsum(0)
+    s = log_snr.clone()
+    s[-1] = s[-2]
+
+    def largest(cuts):
+        edges = [1, *cuts, size + 1]
+        return max((s[a] - s[b - 1]).item() for a, b in zip(edges, edges[1:]))
+
+    partitions = list(itertools.combinations(range(2, size + 1), n - 1))
+    least = min(map(largest, partitions))
+    best = max(cuts for cuts in partitions if largest(cuts) == least)  # later starts: longer groups before them
+    assert curriculum.cluster_timesteps(log_snr, n) == [1, *best]
+
+
+def test_progressive_uniform_sampling():
+    """C.3.3: earlier groups keep 1/T per timestep, the newest shares the rest; at the end, uniform."""
+    starts = curriculum.cluster_timesteps(schedule.NoiseSchedule().log_snr, 10)
+    c = curriculum.Curriculum(starts, T, 1000)
+    for stage in range(10):
+        c.stage = stage
+        p = c.probabilities()
+        newest, above = starts[9 - stage], (starts[10 - stage] if stage else T + 1)
+        assert not p[:newest].any() and p.sum().item() == pytest.approx(1)
+        assert torch.allclose(p[above:], torch.tensor(1 / T, dtype=torch.float64))
+        assert torch.allclose(p[newest:above], torch.tensor((1 - (T + 1 - above) / T) / (above - newest), dtype=torch.float64))
+    assert torch.allclose(p[1:], torch.full((T,), 1 / T, dtype=torch.float64)) and p[0] == 0
+
+
+def test_drawn_timesteps_follow_the_probabilities():
+    c = curriculum.Curriculum([1, 500, 900, 990], T, 1000)
+    c.stage = 1
+    t = c.sample(200_000, torch.Generator().manual_seed(0))
+    assert t.dtype == torch.int64 and t.min() == 900 and t.max() == T
+    share = (t < 990).double().mean().item()
+    assert share == pytest.approx(1 - 11 / 1000, abs=0.001)  # group 900..989 has what 990..1000 leaves
+    counts = t.bincount(minlength=T + 1)[900:990].double()
+    assert ((counts - counts.mean()).square() / counts.mean()).sum() < 89 + 5 * (2 * 89) ** 0.5  # chi-square
+
+
+def test_the_curriculum_goes_on_when_the_ema_stops_improving():
+    """C.3.1, C.3.2: EMA_t = alpha L_t + (1 - alpha) EMA_{t-1}; 200 steps without improvement; afresh after."""
+    c = curriculum.Curriculum([1, 500], T, 10**6, share=1)
+    falling = [2 - 0.001 * i for i in range(300)]
+    c.observe(0, falling)
+    assert not c.advance(300) and c.since_best == 0
+    ema = falling[0]
+    for loss in falling[1:]:
+        ema = 0.05 * loss + 0.95 * ema
+    assert c.ema == pytest.approx(ema, rel=1e-12)
+    c.observe(300, [5.0] * 199)
+    assert not c.advance(499)
+    c.observe(499, [5.0])
+    assert c.advance(500) and c.t_low == 1 and c.start == 500 and c.ema is None and c.best == math.inf
+    c.observe(498, [1.0, 2.0, 3.0])  # the first two belong to the stage before
+    assert c.ema == 3.0
+
+
+def test_the_curriculum_takes_at_most_its_share():
+    """Group j of N - 1 comes at the latest at step 0.4 steps j / (N - 1); with share 1 there is no limit."""
+    starts = curriculum.cluster_timesteps(schedule.NoiseSchedule().log_snr, 10)
+    c = curriculum.Curriculum(starts, T, 3000)
+    assert [step for step in range(3000) if c.advance(step)] == [math.ceil(Fraction(1200 * j, 9)) for j in range(1, 10)]
+    c = curriculum.Curriculum(starts, T, 3000, share=1)
+    assert not any(c.advance(step) for step in range(3000))
+
+
+def test_without_a_curriculum_sampling_is_uniform():
+    c = curriculum.Curriculum([1], T, 100)
+    assert not any(c.advance(step) for step in range(100))
+    assert torch.allclose(c.probabilities()[1:], torch.full((T,), 1 / T, dtype=torch.float64))
+
+
+# ----------------------------------------------------------------------------------------------------
+# data.py
+
+
+def test_shapes_are_drawn_from_the_seed():
+    images, labels = data.draw_shapes(40, 16, seed=3)
+    again, _ = data.draw_shapes(40, 16, seed=3)
+    other, _ = data.draw_shapes(40, 16, seed=4)
+    assert images.shape == (40, 3, 16, 16) and images.dtype == torch.uint8
+    assert torch.equal(images, again) and not torch.equal(images, other)
+    assert labels.bincount().tolist() == [4] * 10 and len(data.SHAPES) == 10
+    # bright on dark, wholly inside: the border is ground
+    assert (images.amax((1, 2, 3)) > 150).all()
+    assert data.draw_shapes(40, 33, seed=3)[0].shape == (40, 3, 33, 33)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """12 images of 8 x 8 pixels in class folders `a` and `b`."""
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        path = tmp_path / "set" / "ab"[i % 2] / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    order = [*range(0, 12, 2), *range(1, 12, 2)]  # sorted by class, then name
+    return tmp_path / "set", torch.from_numpy(pixels[order]).permute(0, 3, 1, 2), torch.tensor([0] * 6 + [1] * 6)
+
+
+def test_folder_zip_and_npz_are_the_same_dataset(folder, tmp_path):
+    path, images, labels = folder
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as z, zipfile.ZipFile(tmp_path / "wrapped.zip", "w") as w:
+        for file in path.rglob("*.png"):
+            z.write(file, file.relative_to(path))
+            w.write(file, Path("top") / file.relative_to(path))
+    np.savez(tmp_path / "set.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
+    for source in (path, tmp_path / "set.zip", tmp_path / "wrapped.zip", tmp_path / "set.npz"):
+        dataset = data.load(str(source), tmp_path / "data")
+        assert torch.equal(dataset.images, images) and torch.equal(dataset.labels, labels), source
+    assert data.load(str(path), tmp_path / "data").classes == ["a", "b"]
+
+
+def test_flat_folders_have_no_classes(folder, tmp_path):
+    path, images, _ = folder
+    dataset = data.load(str(path / "a"), tmp_path / "data")
+    assert torch.equal(dataset.images, images[:6]) and dataset.classes == [] and not dataset.labels.any()
+
+
+def test_images_are_decoded_once(folder, tmp_path, monkeypatch):
+    path, images, _ = folder
+    data.load(str(path), tmp_path / "data")
+    monkeypatch.setattr(data.Image, "open", None)  # decoding again would fail
+    assert torch.equal(data.load(str(path), tmp_path / "data").images, images)
+    monkeypatch.undo()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path / "a" / "00.png")  # changed content, changed key
+    assert not data.load(str(path), tmp_path / "data").images[0].any()
+
+
+def test_image_size_crops_to_the_centre_and_resizes(tmp_path):
+    pixels = np.zeros((8, 12, 3), np.uint8)
+    pixels[:, 2:10] = 200  # the central square
+    (tmp_path / "s").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "s" / "x.png")
+    assert data.open_source(str(tmp_path / "s"), image_size=4).read(0, 1).eq(200).all()
+
+
+def test_celeba_is_cropped_to_140_and_resized_to_64(tmp_path, monkeypatch):
+    """The score-model convention; torchvision's checks of the text files are skipped for this fake."""
+    import torchvision
+
+    (tmp_path / "celeba" / "img_align_celeba").mkdir(parents=True)
+    picture = np.zeros((218, 178, 3), np.uint8)
+    picture[39:179, 19:159] = 255
+    Image.fromarray(picture).save(tmp_path / "celeba" / "img_align_celeba" / "000001.png")
+
+    class Fake:
+        file_list = torchvision.datasets.CelebA.file_list
+
+        def __init__(self, *_, **__):
+            self.filename = ["000001.png"]
+
+    with pytest.raises(data.InputError, match="img_align_celeba"):
+        data.open_source("celeba", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(torchvision.datasets, "CelebA", Fake)
+    source = data.open_source("celeba", str(tmp_path))
+    assert source.read(0, 1).shape == (1, 3, 64, 64) and source.read(0, 1).eq(255).all() and source.labels is None
+
+
+def test_no_network_says_which_file_to_put_where(tmp_path, monkeypatch):
+    import torchvision.datasets.utils
+
+    def no_network(*_, **__):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(torchvision.datasets.utils, "download_url", no_network)
+    refuses(train, "--dataset", "cifar10", "--data-dir", tmp_path / "d", says=("cifar-10-python.tar.gz", "--dataset PATH"))
+
+
+def test_a_wrong_archive_is_not_unpacked(tmp_path):
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"not the archive")
+    refuses(train, "--dataset", "cifar10", "--data-dir", tmp_path, says=("SHA-256", "cifar-10-python.tar.gz"))
+    assert os.listdir(tmp_path) == ["cifar-10-python.tar.gz"]
+
+
+@pytest.mark.parametrize("n, batch", [(10, 4), (10, 10), (3, 8)])
+def test_every_epoch_is_a_permutation(n, batch):
+    """Batches run on across epochs; which images a step sees depends on seed and step alone."""
+    stream = torch.cat([data.batch_indices(n, step, batch, 5, torch.device("cpu")) for step in range(15)])
+    for epoch in stream[:len(stream) // n * n].view(-1, n):
+        assert sorted(epoch.tolist()) == list(range(n))
+    assert not torch.equal(stream[:n], data.batch_indices(n, 0, n, 6, torch.device("cpu")))
+
+
+def test_pixels_survive_the_round_trip():
+    """uint8 -> [-1, 1] -> uint8 is the identity; values outside are clipped, not wrapped."""
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(data.to_uint8(data.to_unit(levels)), levels)
+    assert data.to_unit(levels)[[0, 255]].tolist() == [-1, 1]
+    assert data.to_uint8(torch.tensor([-1.5, 1.5])).tolist() == [0, 255]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "f"
+    path.write_bytes(b"old")
+
+    def half(file):
+        file.write(b"ne")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        data.write_then_rename(path, half)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["f"]
+
+
+# ----------------------------------------------------------------------------------------------------
+# flops.py
+
+FLOPS_SMALL = Config(depth=3, width=32, heads=4, patch=2, image_size=8, num_classes=3)
+
+
+def counted(config, t, active, backward=True, penalty=False):
+    """Multiply-adds by torch's own counter (which books 2 for each) of a real step of `len(t)` images.
+    Fused attention is not counted on every device, hence MATH."""
+    torch.manual_seed(0)
+    net = DiT(config)
+    x = torch.randn(len(t), config.channels, config.image_size, config.image_size)
+    y = torch.zeros(len(t), dtype=torch.int64)
+    counter = FlopCounterMode(display=False)
+    with torch.set_grad_enabled(backward), sdpa_kernel(SDPBackend.MATH), counter:
+        active = active(net)
+        loss = net(x, t, y, active).square().mean()
+        if penalty:
+            loss = loss + lowrank.orthogonality_penalty(net, active)
+        if backward:
+            loss.backward()
+    assert counter.get_total_flops() % 2 == 0
+    return counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("method", ["full", "static", "iso-compute", "iso-param"])
+@pytest.mark.parametrize("changes", [{}, {"conditioning": "shared"}, {"factorise": "attention-mlp", "dense_mlp_blocks": 0},
+                                     {"image_size": 12, "patch": 4, "channels": 1, "keep": 0.25}], ids=str)
+def test_our_forward_is_torchs_count_at_every_rank(method, changes):
+    """Eq. (5), (6): a sliced pass, at several t."""
+    config = replace(FLOPS_SMALL, method=method, **changes)
+    for t in (1, 250, 500, T):
+        found = counted(config, torch.tensor([t]), lambda net: net.active_ranks(t), backward=False)
+        assert flops.forward(config, flops.channels(config, t)) == found
+
+
+@pytest.mark.parametrize("method", ["full", "static", "iso-compute", "iso-param"])
+@pytest.mark.parametrize("changes", [{}, {"conditioning": "shared"}, {"factorise": "attention-mlp", "dense_mlp_blocks": 0},
+                                     {"image_size": 12, "patch": 4, "channels": 1, "keep": 0.25}], ids=str)
+def test_our_training_step_is_torchs_count_of_forward_and_backward(method, changes):
+    """Eq. (4): masked within the channels of t_low. The first layers have no input gradient."""
+    config, t = replace(FLOPS_SMALL, method=method, **changes), torch.tensor([600, 800, T])
+    for t_low in (1, 300, 600):
+        found = counted(config, t, lambda net: net.active_ranks(t, t_low))
+        assert flops.train_step(config, len(t), flops.channels(config, t_low), penalty=False) == found
+
+
+@pytest.mark.parametrize("method", ["full", "static", "iso-param"])
+def test_the_penaltys_products_are_counted(method):
+    """Two products of k x k x m for each factor: the Gram matrix, and its gradient."""
+    config, t = replace(FLOPS_SMALL, method=method), torch.tensor([700, 900])
+    for t_low in (1, 600):
+        found = counted(config, t, lambda net: net.active_ranks(t, t_low), penalty=True)
+        assert flops.train_step(config, len(t), flops.channels(config, t_low)) == found
+
+
+def test_sliced_training_costs_the_same_as_masked():
+    """Eq. (4) and (5): with t_low = t, a mask inside the first Phi(t) channels and a slice are one computation."""
+    config, t = replace(FLOPS_SMALL, method="iso-compute"), torch.tensor([400, 400])
+    sliced = counted(config, t, lambda net: net.active_ranks(400))
+    assert sliced == counted(config, t, lambda net: net.active_ranks(t, 400))
+    assert sliced == flops.train_step(config, 2, flops.channels(config, 400), penalty=False)
+
+
+def test_no_channels_given_means_all():
+    """lowrank.py's convention: active = None computes r_max channels."""
+    config = replace(FLOPS_SMALL, method="iso-param")
+    every = {layer.rank: layer.rank for layer in model.linear_layers(config) if layer.rank}
+    assert flops.forward(config) == flops.forward(config, every)
+    assert flops.train_step(config, 2) == flops.train_step(config, 2, flops.channels(config, 1))
+
+
+@pytest.mark.parametrize("name,method", [("tiny", "static"), ("DiT-S/2", "static"), ("DiT-B/4", "full"), ("DiT-L/8", "static"),
+                                         ("DiT-XL/2", "full")])
+def test_model_sizes_are_torchs_count(name, method):
+    """D.1 and the DiT family, on the meta device: shapes alone."""
+    config = Config(**model.PRESETS[name], method=method)
+    with torch.device("meta"), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        t = torch.zeros(1, dtype=torch.int64)
+        DiT(config, initialise=False)(torch.zeros(1, 3, 32, 32), t, t)
+    assert 2 * flops.forward(config) == counter.get_total_flops()
+
+
+def paper_model(name="DiT-S/2", size=32, method="full", keep=1.0):
+    return Config(**model.PRESETS[name], image_size=size, num_classes=1000, method=method, keep=keep)
+
+
+def test_one_full_rank_pass_as_published():
+    """Tables 1 and 4 over the 101 passes of 100 DDIM steps."""
+    assert flops.forward(paper_model(), convention=flops.PAPER) == 5_462_115_840
+    assert flops.forward(paper_model(size=64), convention=flops.PAPER) == 21_806_143_488
+
+
+@pytest.mark.parametrize("row", [r for r in flops.PRINTED if r[3] in ("full", "static") and r[5]],
+                         ids=lambda row: f"{row[1]} {row[2]} {row[3]} {row[4]}")
+def test_full_and_static_rows_agree_to_the_last_printed_digit(row):
+    """Tables 1 to 4, 7 and 8."""
+    _, name, size, method, keep, gflops, params, spent = row
+    config = paper_model(name, size, method, keep or 1.0)
+    assert round(flops.sampling(config, 100, convention=flops.PAPER) / 1e9, 3) == gflops
+    assert round(flops.parameter_count(config) / 1e6, 2) == params
+    if spent:
+        ours = flops.training_run(config, 800_000, 128, penalty=False, convention=flops.PAPER)
+        assert round(ours / 1e18, 3) == spent
+
+
+def test_published_training_is_three_passes_without_the_pixel_layers():
+    """Tables 1 and 7: the patch convolution and the last projection, 12 values a token each, are not in them."""
+    for size in (32, 64):
+        one_pass, pixel_layer = flops.forward(paper_model(size=size), None, flops.PAPER), (size // 2) ** 2 * 12 * 384
+        found = flops.train_step(paper_model(size=size), 128, penalty=False, convention=flops.PAPER)
+        assert found == 128 * 3 * (one_pass - 2 * pixel_layer)
+
+
+def test_parameters_to_the_last_one():
+    """Tables 2 and 8, before rounding."""
+    assert flops.parameter_count(paper_model()) == 39_795_852
+    assert flops.parameter_count(paper_model("DiT-B/2")) == 147_421_452
+
+
+def test_a_tenth_of_each_layer_is_24_and_15_percent():
+    """B.4."""
+    full, tenth = paper_model(), paper_model(method="static", keep=0.1)
+    assert round(flops.parameter_count(tenth) / flops.parameter_count(full), 2) == 0.24
+    assert round(flops.forward(tenth, convention=flops.PAPER) / flops.forward(full, convention=flops.PAPER), 2) == 0.15
+
+
+def test_the_note_on_adaptive_rows_tells_our_figures():
+    """C.1, 3.1: with the stated schedule the average is 0.70 r_max, and ISO-Compute's r_max 1.42 r_base."""
+    iso, static = paper_model(method="iso-param", keep=0.75), paper_model(method="static", keep=0.75)
+    dense = flops.forward(iso, dict.fromkeys(flops.channels(iso, 1), 0))
+    share = (flops.sampling(iso) / 100 - dense) / (flops.forward(iso) - dense)
+    ranks = [sum(layer.rank for layer in model.linear_layers(c) if layer.rank) for c in (replace(iso, method="iso-compute"), static)]
+    assert round(share, 2) == 0.70 and round(ranks[0] / ranks[1], 1) == 1.4
+    assert "averages 0.70" in flops.NOTES and "needs 1.42" in flops.NOTES
+
+
+def test_no_printed_figure_enters_a_computation(monkeypatch):
+    """PRINTED with other figures: the same computed ones."""
+    before = flops.paper_rows()
+    monkeypatch.setattr(flops, "PRINTED", [row[:5] + tuple(f and 3 * f for f in row[5:]) for row in flops.PRINTED])
+    for a, b in zip(before, flops.paper_rows()):
+        assert {k: v for k, v in a.items() if "paper" not in k} == {k: v for k, v in b.items() if "paper" not in k}
+
+
+def test_the_papers_tables_take_less_than_half_a_second():
+    """Nothing but shapes is looked at. The best of three: the machine may have other work."""
+    seconds = []
+    for _ in range(3):
+        for cached in (flops._layers, flops._phi, flops.sampling, flops.longest_curriculum):
+            cached.cache_clear()
+        start = time.process_time()
+        flops.paper_rows()
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 0.5
+
+
+def test_sampling_adds_up_the_sliced_passes():
+    """Eq. (5): each visited timestep with its Phi(t); guidance runs the model twice."""
+    config = replace(FLOPS_SMALL, method="iso-compute")
+    passes = [flops.forward(config, flops.channels(config, t)) for t in schedule.sampling_timesteps(7)[:-1]]
+    assert flops.sampling(config, 7) == sum(passes) and len(passes) == 7
+    assert flops.sampling(config, 7, guidance=True) == 2 * sum(passes)
+
+
+def test_iso_compute_samples_at_the_cost_of_static():
+    """3.1: the schedule's average over 100 steps is the rank of the static model."""
+    static, iso = (Config(**model.PRESETS["DiT-S/2"], method=method) for method in ("static", "iso-compute"))
+    assert flops.sampling(iso) == pytest.approx(flops.sampling(static), rel=0.003)
+
+
+def test_a_training_run_adds_up_its_stages():
+    """2.2: a stage computes Phi(t_low) channels; steps outside the stages have t_low = 1."""
+    config = replace(FLOPS_SMALL, method="iso-param")
+    cost = {t: flops.train_step(config, 4, flops.channels(config, t)) for t in (1, 400, 900)}
+    assert cost[1] > cost[400] > cost[900]
+    assert flops.training_run(config, 10, 4, [(2, 900), (3, 400)]) == 2 * cost[900] + 3 * cost[400] + 5 * cost[1]
+    assert flops.training_run(config, 10, 4) == 10 * cost[1]
+    with pytest.raises(ValueError, match="12 steps of a run of 10"):
+        flops.training_run(config, 10, 4, [(12, 400)])
+
+
+@pytest.mark.parametrize("steps,groups,share", [(1000, 10, 0.4), (77, 10, 0.4), (500, 5, 0.3), (1000, 10, 0.0), (50, 1, 0.4)])
+def test_the_longest_curriculum_is_the_one_that_no_plateau_shortens(steps, groups, share):
+    """C.3: the stages that curriculum.py goes through when the loss always improves."""
+    c = curriculum.Curriculum(curriculum.cluster_timesteps(schedule.NoiseSchedule().log_snr, groups), T, steps, share)
+    t_lows = []
+    for step in range(steps):
+        c.advance(step)
+        t_lows.append(c.t_low)
+    stages = flops.longest_curriculum(steps, groups, share)
+    spread = [t_low for n, t_low in stages for _ in range(n)]
+    assert spread + [1] * (steps - len(spread)) == t_lows
+
+
+# the command line
+
+
+def strict(text):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_paper_json_keeps_its_contract():
+    """One object for each row of each table; null where the paper prints nothing."""
+    status, out, _ = cli(flops, "--paper", "--json")
+    rows = strict(out)
+    keys = {"table", "method", "keep", "image_size", "gflops", "paper_gflops", "params", "paper_params", "train_flops",
+            "paper_train_flops"}
+    assert status == 0 and all(keys <= set(row) for row in rows)
+    count = {table: sum(row["table"] == table for row in rows) for table in {row["table"] for row in rows}}
+    assert count == {"1": 4, "2": 10, "3": 10, "4": 10, "6": 4, "7": 4, "8": 2, "B.4": 1}
+    for row in rows:
+        assert (row["paper_train_flops"] is not None) == (row["table"] in ("1", "7"))
+        assert (row["paper_gflops"] is not None) == (row["table"] not in ("7", "B.4"))
+    static = next(row for row in rows if row["table"] == "1" and row["method"] == "static")
+    assert round(static["gflops"], 3) == static["paper_gflops"] == 421.256
+    assert (static["params"], static["paper_params"]) == (31_344_780, 31_340_000)
+    assert round(static["train_flops"], -15) == static["paper_train_flops"] == 1_281 * 10**15
+
+
+def test_paper_prints_ours_beside_theirs():
+    """Tables 1 to 8 in the terminal."""
+    status, out, _ = cli(flops, "--paper")
+    assert status == 0 and "nan" not in out
+    assert out.splitlines()[1].split() == ("1 2 3 DiT-S/2 32 full 551.674 551.674 1.000 39.80 39.80 1.000 "
+                                           "1.677 1.677 1.000").split()
+    assert "23.8%" in out and "15.0%" in out
+
+
+def test_the_default_report_shows_the_schedule():
+    """Eq. (7) as a chart: rank and cost fall with t."""
+    status, out, _ = cli(flops, "--layer", "blocks.0.mlp_in")
+    chart = [line.split() for line in out.splitlines() if "#" in line]
+    assert status == 0 and [int(row[0]) for row in chart] == flops.CHART_T
+    assert [int(row[2]) for row in chart] == sorted(int(row[2]) for row in chart)
+    assert int(chart[-1][2]) == int(out.split("blocks.0.mlp_in, of ")[1].split()[0])  # r_max at t = 1
+    status, out, _ = cli(flops, "--json", "--model", "DiT-S/4", "--method", "static", "--num-classes", 0)
+    report = strict(out)
+    assert status == 0 and [row["name"] for row in report["models"]] == ["this model", "full"]
+    assert report["models"][0]["sampling_guided"] is None  # without classes there is nothing to guide with
+    assert report["models"][0]["sampling"] == 100 * report["models"][0]["forward"]
+
+
+def write_run(folder, config=FLOPS_SMALL, lines=((10, 1000), (20, 3000)), ending="", **train):
+    folder.mkdir(exist_ok=True)
+    train = dict(steps=40, batch_size=4, orthogonality=1e-4, curriculum_groups=10) | train
+    (folder / "config.json").write_text(json.dumps(dict(dataset="shapes", model=asdict(config), train=train)))
+    text = "".join(json.dumps(dict(step=s, stage=0, t_low=997, t_high=T, flops=f)) + "\n" for s, f in lines)
+    (folder / "metrics.jsonl").write_text(text + ending)
+    return folder
+
+
+def test_a_run_is_compared_with_its_siblings(tmp_path):
+    """Spent, and saved against no curriculum, static and full rank, at the same number of steps."""
+    config = replace(FLOPS_SMALL, method="iso-compute")
+    low = flops.training_run(config, 20, 4, [(20, 997)])
+    folder = write_run(tmp_path / "run", config, [(10, low // 2), (20, low)])
+    status, out, _ = cli(flops, "--run", folder, "--json")
+    rows = {row["name"]: row for row in strict(out)["models"]}
+    assert status == 0 and list(rows) == ["this model", "no curriculum", "static", "full"]
+    assert rows["this model"]["training"] == low
+    static, full = replace(config, method="static"), replace(config, method="full")
+    for name, sibling in (("no curriculum", config), ("static", static), ("full", full)):
+        assert rows[name]["training"] == flops.training_run(sibling, 20, 4)
+        assert rows[name]["training_saved"] == pytest.approx(1 - low / rows[name]["training"])
+        assert rows[name]["sampling_guided"] == 2 * flops.sampling(sibling)
+    assert cli(flops, "--run", folder)[1].startswith(f"{folder}: 20 of 40 steps done")
+
+
+def test_a_run_without_penalty_is_compared_without_it(tmp_path):
+    """The siblings train as the run did."""
+    folder = write_run(tmp_path / "run", orthogonality=0.0)
+    rows = strict(cli(flops, "--run", folder, "--json")[1])["models"]
+    assert rows[1]["training"] == flops.training_run(FLOPS_SMALL, 20, 4, penalty=False)
+
+
+def test_a_half_written_last_line_is_ignored(tmp_path):
+    """A run may be killed at any moment."""
+    folder = write_run(tmp_path / "run", ending='{"step": 30, "flo')
+    status, out, _ = cli(flops, "--run", folder, "--json")
+    assert status == 0 and strict(out)["steps"] == 20
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--keep", "1.5"], ["--keep", "nan"], ["--rho-min", "0"], ["--model", "DiT-Q/2"], ["--model", "DiT-S/8", "--image-size", "20"],
+    ["--steps", "0"], ["--sampling-steps", "2000"], ["--curriculum-groups", "-1"], ["--curriculum-groups", "2000"],
+    ["--curriculum-share", "2"], ["--orthogonality", "-1"], ["--orthogonality", "nan"], ["--layer", "blocks.9.q"],
+    ["--method", "full", "--layer", "blocks.0.q"], ["--paper", "--run", "x"], ["--run", "nowhere"]], ids=" ".join)
+def test_bad_flags_cost_one_line(arguments):
+    """Exit status 2, one line on stderr."""
+    status, out, err = cli(flops, *arguments)
+    assert status == 2 and out == "" and err.count("\n") == 1 and err.startswith("flops.py: ")
+
+
+@pytest.mark.parametrize("name,content", [
+    ("config.json", "{"), ("config.json", "[]"), ("config.json", '{"model": {"depth": 0}, "train": {}}'),
+    ("config.json", '{"model": {"wings": 2}, "train": {}}'), ("config.json", '{"model": {}, "train": {"steps": "many"}}'),
+    ("config.json", b"\xff\xfe"), ("metrics.jsonl", ""), ("metrics.jsonl", '{"st'), ("metrics.jsonl", "broken\n{}\n"),
+    ("metrics.jsonl", '{"step": 4}\n'), ("metrics.jsonl", "[1]\n"), ("metrics.jsonl", '{"step": 0, "flops": 0}\n'),
+    ("metrics.jsonl", '{"step": 5, "flops": NaN}\n'), ("metrics.jsonl", None)], ids=repr)
+def test_a_damaged_run_costs_one_line(name, content, tmp_path):
+    """Exit status 2, and the line names the file."""
+    folder = write_run(tmp_path / "run")
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    status, out, err = cli(flops, "--run", folder)
+    assert status == 2 and out == "" and err.count("\n") == 1 and name in err
+
+
+# ----------------------------------------------------------------------------------------------------
+# sample.py
+
+ALPHA_BAR = schedule.NoiseSchedule().alpha_bar
+
+
+def gaussian_eps(mean, std):
+    """The exact eps(x, t) for images whose pixels are N(mean, std^2): the posterior mean of the noise."""
+    def eps(x, t):
+        ab = ALPHA_BAR[t].item()
+        return (1 - ab) ** 0.5 * (x - ab**0.5 * mean) / (ab * std**2 + 1 - ab)
+    return eps
+
+
+def last(images):
+    for x in images:
+        pass
+    return x
+
+
+def test_ddim_solves_the_gaussian_case():
+    """The probability flow of a Gaussian maps x_T to mean + std (x_T - sqrt(ab_T) mean) / std_T, exactly."""
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    ab = ALPHA_BAR[T].item()
+    expected = 0.2 + 0.5 * (x - ab**0.5 * 0.2) / (ab * 0.25 + 1 - ab) ** 0.5
+    errors = [relative(last(sample.ddim(gaussian_eps(0.2, 0.5), x, n, clip=False)), expected) for n in (100, 1000)]
+    assert errors[1] < 0.01 and errors[1] < errors[0] / 5  # first order in the step
+
+
+def test_one_ddim_step():
+    """Song et al. 2021, Eq. (12): x_s = sqrt(ab_s) x_0 + sqrt(1 - ab_s) eps, x_0 from x_t = sqrt(ab_t) x_0 + sqrt(1 - ab_t) eps."""
+    x_0, e = torch.rand(2, 3, 4, 4).double() - 0.5, torch.randn(2, 3, 4, 4).double()
+    x = ALPHA_BAR[T].sqrt() * x_0 + (1 - ALPHA_BAR[T]).sqrt() * e
+    first = next(sample.ddim(lambda x, t: e, x, 4))
+    assert relative(first, ALPHA_BAR[750].sqrt() * x_0 + (1 - ALPHA_BAR[750]).sqrt() * e) < 1e-6
+
+
+def test_clipping_recomputes_eps():
+    """x_0 outside [-1, 1] is clipped, and eps then made to fit it; the step lands on the line between the two."""
+    x, wrong = torch.zeros(1, 3, 2, 2, dtype=torch.float64), torch.ones(1, 3, 2, 2, dtype=torch.float64)
+    clipped, free = (next(sample.ddim(lambda x, t: wrong, x, 4, clip=c)) for c in (True, False))
+    e = (0 - ALPHA_BAR[T].sqrt() * -1) / (1 - ALPHA_BAR[T]).sqrt()
+    assert relative(clipped, (ALPHA_BAR[750].sqrt() * -1 + (1 - ALPHA_BAR[750]).sqrt() * e) * torch.ones_like(x)) < 1e-9
+    assert free.abs().max() > 100  # what an error in eps costs at t = T without clipping
+
+
+def test_one_ddpm_step_is_the_posterior():
+    """Ho et al. 2020, Eq. (6), (7): q(x_s | x_t, x_0) by Bayes' rule on the respaced chain."""
+    x_0, z = torch.rand(2, 3, 4, 4).double() - 0.5, torch.randn(2, 3, 4, 4).double()
+    x_t = torch.randn(2, 3, 4, 4).double()
+    e = (x_t - ALPHA_BAR[T].sqrt() * x_0) / (1 - ALPHA_BAR[T]).sqrt()
+    found = next(sample.ddpm(lambda x, t: e, x_t, 4, noise=lambda: z))
+    a = (ALPHA_BAR[T] / ALPHA_BAR[750]).item()  # x_t = sqrt(a) x_s + sqrt(1 - a) noise
+    precision = 1 / (1 - ALPHA_BAR[750]) + a / (1 - a)  # of x_s: prior given x_0, and likelihood of x_t
+    mean = (ALPHA_BAR[750].sqrt() * x_0 / (1 - ALPHA_BAR[750]) + a**0.5 * x_t / (1 - a)) / precision
+    assert relative(found, mean + precision**-0.5 * z) < 1e-6
+
+
+def test_ddpm_draws_the_gaussian():
+    """With the exact eps and 1,000 steps the samples have the data's mean and spread; the last step adds no noise."""
+    x = torch.randn(64, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    out = last(sample.ddpm(gaussian_eps(0.2, 0.5), x, 1000, clip=False))
+    assert out.mean().item() == pytest.approx(0.2, abs=0.02) and out.std().item() == pytest.approx(0.5, abs=0.02)
+    calls = []
+    last(sample.ddpm(gaussian_eps(0.2, 0.5), x, 7, noise=lambda: calls.append(1) or torch.zeros_like(x)))
+    assert len(calls) == 6
+
+
+def test_samplers_show_every_image():
+    x = torch.randn(1, 3, 4, 4)
+    assert [len(list(s(gaussian_eps(0, 1), x, 7))) for s in (sample.ddim, sample.ddpm)] == [7, 7]
+
+
+def test_guidance():
+    """eps_u + w (eps_c - eps_u), the two halves in one batch sliced to Phi(t)."""
+    net = awake(Config(**SMALL))
+    x, _, _ = inputs(net.config, 3)
+    y = torch.tensor([0, 1, 2])
+    t, none = torch.full((3,), 800), torch.full((3,), 4)
+    eps_c, eps_u = net(x, t, y), net(x, t, none)
+    for w in (0.0, 1.0, 2.0, -0.5):
+        assert relative(sample.guided(net, y, w)(x, 800), eps_u + w * (eps_c - eps_u)) < 1e-10
+    assert relative(sample.guided(net, None, 2.0)(x, 800), eps_u) < 1e-10
+    seen = []
+    net.register_forward_hook(lambda _, args, out: seen.append((len(args[0]), args[3])))
+    for w in (2.0, 1.0, 0.0):
+        sample.guided(net, y, w)(x, 800)
+    assert [n for n, _ in seen] == [6, 3, 3] and seen[0][1] == {r: net.rank_schedule.active(800, r) for r in net.ranks}
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_an_image_does_not_depend_on_its_batch(sampler):
+    """One seed per image: image i starts from the same noise, and in DDPM meets the same noise, in any batch."""
+    net = awake(Config(**SMALL), dtype=torch.float32)
+    draw = lambda indices, seed=7: sample.draw_images(net, indices, [2, 0], seed, sampler, 5)
+    together, labels = draw(range(6))
+    apart = torch.cat([draw(range(0, 1))[0], draw(range(1, 4))[0], draw(range(4, 6))[0]])
+    assert (together.int() - apart.int()).abs().max() <= 1 and labels.tolist() == [2, 0, 2, 0, 2, 0]
+    assert not torch.equal(draw(range(6), 8)[0], together)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A tiny finished run: 4 x 4 patches of 8 x 8 images."""
+    folder = tmp_path_factory.mktemp("run") / "r"
+    code, out, err = quick_training("--steps", 6, "--out", folder)
+    assert code == 0, err
+    return folder
+
+
+def test_sample_script_writes_a_grid_an_array_and_a_folder(run, tmp_path):
+    common = ["--run", run, "--num", 5, "--steps", 3, "--batch-size", 2, "--device", "cpu"]
+    for out in ("x.png", "x.npz", "folder"):
+        code, _, err = cli(sample, *common, "--out", tmp_path / out, "--classes", "3,star")
+        assert code == 0, err
+    with np.load(tmp_path / "x.npz") as file:
+        images, labels = file["arr_0"], file["labels"]
+    assert images.shape == (5, 8, 8, 3) and images.dtype == np.uint8 and labels.tolist() == [3, 7, 3, 7, 3]
+    assert sorted(os.listdir(tmp_path / "folder")) == [f"{i:06d}.png" for i in range(5)]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "folder" / "000004.png")), images[4])
+    grid = np.asarray(Image.open(tmp_path / "x.png"))
+    assert np.array_equal(grid[2:66:8, 2:66:8], images[0])  # two columns of images enlarged to 64 pixels
+    source = data.open_source(str(tmp_path / "x.npz"))  # what fid.py reads
+    assert source.read(0, 5).shape == (5, 3, 8, 8) and source.labels.tolist() == labels.tolist()
+
+
+class Attack:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def test_a_malicious_checkpoint_is_refused_unopened(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for write in (lambda f: torch.save({"config": Attack()}, f), lambda f: pickle.dump(Attack(), f)):
+        with open("model.pt", "wb") as file:
+            write(file)
+        refuses(sample, "--run", tmp_path, says="model.pt cannot be loaded")
+        assert os.listdir(tmp_path) == ["model.pt"]
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--classes", "10"], ("'10'", "0 to 9")), (["--classes", "0,unicorn"], "unicorn"), (["--num", "0"], "at least 1"),
+    (["--steps", "1001"], "1 to 1000"), (["--seed", "-1"], "seed"), (["--sampler", "euler"], "ddim"),
+    (["--guidance", "two"], "guidance"), (["--device", "cuda"], "--device cuda is not available"), (["--batch-size", "-3"], "at least 1"),
+])
+def test_sample_script_refuses(run, arguments, says):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    before = sorted(run.rglob("*"))
+    refuses(sample, "--run", run, *arguments, says=says)
+    assert sorted(run.rglob("*")) == before
+
+
+def test_sample_script_refuses_files_that_are_no_runs(run, tmp_path, monkeypatch):
+    refuses(sample, "--run", tmp_path / "nowhere", says=("model.pt does not exist", "train.py"))
+    whole = (run / "model.pt").read_bytes()
+    for name, content in (("truncated", whole[:len(whole) // 2]), ("empty", b""), ("text", b"hello")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.pt").write_bytes(content)
+        refuses(sample, "--run", tmp_path / name, says="cannot be loaded")
+    (tmp_path / "foreign").mkdir()
+    torch.save({"weights": torch.ones(3)}, tmp_path / "foreign" / "model.pt")
+    refuses(sample, "--run", tmp_path / "foreign", says="not a file that train.py wrote")
+    state = torch.load(run / "model.pt", weights_only=True)
+    state["config"]["width"] = 64
+    torch.save(state, tmp_path / "foreign" / "model.pt")
+    refuses(sample, "--run", tmp_path / "foreign", says="does not describe a model")
+    (tmp_path / "foreign" / "x.png").touch()
+    refuses(sample, "--run", run, "--out", tmp_path / "foreign", says="not an empty folder")
+    monkeypatch.chdir(tmp_path)
+    refuses(sample, says="no run under runs/")
+
+
+# ----------------------------------------------------------------------------------------------------
+# train.py
+
+# small enough for a test: 8 x 8 images, batch 4; the final picture is not drawn but for its file
+QUICK = ["--dataset", "shapes", "--image-size", "8", "--batch-size", "4", "--log-every", "5", "--device", "cpu"]
+
+
+def quick_training(*arguments):
+    real = train.draw_images
+    train.draw_images = lambda net, indices, classes, guidance: real(net, range(2), classes, guidance=guidance, steps=1)
+    try:
+        return cli(train, *QUICK, *arguments)
+    finally:
+        train.draw_images = real
+
+
+def flat(state, prefix=""):
+    """Every leaf of nested dicts, lists and tuples, by path."""
+    if isinstance(state, (dict, list, tuple)):
+        items = state.items() if isinstance(state, dict) else enumerate(state)
+        return {k: v for key, value in items for k, v in flat(value, f"{prefix}/{key}").items()}
+    return {prefix: state}
+
+
+def same_state(a, b):
+    a, b = (flat(torch.load(folder / "state.pt", weights_only=True)) for folder in (a, b))
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]) if isinstance(a[key], torch.Tensor) else a[key] == b[key], key
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def start_process(*arguments):
+    return subprocess.Popen([sys.executable, HERE / "train.py", *QUICK, *map(str, arguments)], cwd=HERE,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(path, process, seconds=120):
+    end = time.time() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.time() < end, process.communicate()
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def thirty_steps(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight") / "r"
+    code, out, err = quick_training("--steps", 30, "--out", folder)
+    assert code == 0, err
+    return folder, out
+
+
+@pytest.mark.parametrize("killed_after", ["state.pt", "config.json"])
+def test_a_killed_run_resumes_bit_identically(killed_after, thirty_steps, tmp_path):
+    """30 steps straight against 13 + SIGKILL + 17, across curriculum stages; and against a kill before the
+    first save. Weights, EMA, optimiser, generators, curriculum and the log agree to the last bit."""
+    process = start_process("--steps", 30, "--save-every", 13, "--out", tmp_path / "r")
+    wait_for(tmp_path / "r" / killed_after, process)
+    process.kill()
+    process.wait()
+    process.stdout.close(), process.stderr.close()
+    (tmp_path / "r" / ".state.pt.1.tmp").touch()  # what a kill during a write leaves
+    with open(tmp_path / "r" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 29, "lo')  # half a line
+    code, out, err = quick_training("--resume", "--out", tmp_path / "r")
+    assert code == 0, err
+    assert ("going on after step 13" in out) == (killed_after == "state.pt")
+    same_state(thirty_steps[0], tmp_path / "r")
+    timeless = lambda folder: [{k: v for k, v in line.items() if k != "images_per_s"} for line in lines(folder)]
+    assert timeless(tmp_path / "r") == timeless(thirty_steps[0])
+    assert not list((tmp_path / "r").glob(".*.tmp"))
+
+
+def test_ctrl_c_saves_and_exits_130(tmp_path):
+    process = start_process("--steps", 100_000, "--out", tmp_path / "r")
+    wait_for(tmp_path / "r" / "metrics.jsonl", process)
+    while not (tmp_path / "r" / "metrics.jsonl").stat().st_size:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" in err and "Traceback" not in err
+    state = torch.load(tmp_path / "r" / "state.pt", weights_only=True)
+    assert state["step"] >= 5 and len(state["losses"]) == state["step"] % 5
+
+
+def test_the_log(thirty_steps):
+    """Stage, range, active rank, five loss groups (null where empty), learning rate, multiply-adds."""
+    folder, out = thirty_steps
+    log = lines(folder)
+    config = Config(**json.loads((folder / "config.json").read_text())["model"])
+    assert [line["step"] for line in log] == [5, 10, 15, 20, 25, 30]
+    assert log[0]["loss_by_group"][:2] == [None] * 2 and log[0]["loss_by_group"][4] > 0 and log[0]["stage"] >= 1
+    assert log[-1]["stage"] == 9 and log[-1]["t_low"] == 1 and log[-1]["t_high"] == T and log[-1]["loss_by_group"][2] > 0
+    r = max(l.rank for l in model.linear_layers(config) if l.rank)
+    for line in log:
+        assert line["active_rank"] == config.rank_schedule().active(line["t_low"], r)
+        assert line["lr"] == pytest.approx(line["lr"]) and line["images_per_s"] > 0
+    for word in ("parameters", "rank", "multiply-adds a step", "device", "left", "final.png", "python sample.py"):
+        assert word in out
+    assert (folder / "samples" / "final.png").exists()
+
+
+def test_spent_multiply_adds_are_those_of_the_computed_ranks(thirty_steps):
+    """The log's `flops`: every step at the channels of its stage; less than without a curriculum."""
+    folder, _ = thirty_steps
+    config = Config(**json.loads((folder / "config.json").read_text())["model"])
+    c = curriculum.Curriculum(curriculum.cluster_timesteps(schedule.NoiseSchedule().log_snr, 10), T, 30)
+    spent = 0
+    for step in range(30):
+        c.advance(step)
+        k = {l.rank: config.rank_schedule().active(c.t_low, l.rank) for l in model.linear_layers(config) if l.rank}
+        spent += flops.train_step(config, 4, k)
+    assert lines(folder)[-1]["flops"] == spent < 30 * flops.train_step(config, 4)
+
+
+def test_learning_rate():
+    """Linear warm-up, cosine to zero; afresh at each introduction from base (1 - 0.02 k), a fifth of the warm-up."""
+    s = dict(steps=100_000, lr=1e-4, warmup=3000)
+    lr = lambda step, start=0, stage=0: train.learning_rate(step, start, stage, s)
+    assert lr(0) == pytest.approx(1e-4 / 3000) and lr(2999) == pytest.approx(1e-4) and lr(100_000) == pytest.approx(0)
+    assert lr(51_500) == pytest.approx(0.5e-4)
+    assert lr(20_000, 20_000, 3) == pytest.approx(0.94e-4 / 600) and lr(20_600, 20_000, 3) == pytest.approx(0.94e-4)
+    assert train.learning_rate(49, 0, 0, s | dict(steps=1000)) == pytest.approx(1e-4)  # short runs: 5 % of the steps
+
+
+def test_a_new_group_clears_the_optimiser_but_not_the_ema(tmp_path):
+    """C.3.4. After the last introduction at step 12, AdamW has counted the 18 steps since; the EMA all 30."""
+    quick_training("--steps", 30, "--out", tmp_path / "r")
+    state = torch.load(tmp_path / "r" / "state.pt", weights_only=True)
+    assert state["curriculum"]["stage"] == 9 and state["curriculum"]["start"] == 12
+    assert {int(p["step"]) for p in state["optimizer"]["state"].values()} == {18}
+    first_half = [p for p in state["optimizer"]["state"]]
+    assert len(first_half) == len(state["model"])
+
+
+def test_ema_of_the_weights(tmp_path, monkeypatch):
+    """ema <- d ema + (1 - d) w with d = min(decay, (1 + n) / (10 + n)), after every step."""
+    torch.manual_seed(0)
+    expected, seen, real = [], [], torch._foreach_lerp_
+    monkeypatch.setattr(torch, "_foreach_lerp_", lambda e, p, w: seen.append(w) or real(e, p, w))
+    quick_training("--steps", 12, "--ema-decay", 0.5, "--out", tmp_path / "r")
+    assert seen == pytest.approx([1 - min(0.5, (1 + n) / (10 + n)) for n in range(12)])
+
+
+@pytest.mark.parametrize("method", ["full", "static", "iso-param"])
+def test_every_method_trains_without_a_curriculum(method, tmp_path):
+    code, _, err = quick_training("--steps", 5, "--method", method, "--curriculum-groups", 0, "--out", tmp_path / "r")
+    assert code == 0, err
+    log = lines(tmp_path / "r")[-1]
+    assert log["stage"] == 0 and log["t_low"] == 1 and (log["active_rank"] is None) == (method == "full")
+
+
+def test_images_without_classes_train_with_the_no_class_label(folder, tmp_path):
+    code, _, err = quick_training("--dataset", folder[0] / "a", "--data-dir", tmp_path, "--model", "tiny", "--steps", 2,
+                                  "--out", tmp_path / "r")
+    assert code == 0, err
+    assert json.loads((tmp_path / "r" / "config.json").read_text())["model"]["num_classes"] == 0
+    code, _, err = cli(sample, "--run", tmp_path / "r", "--num", 2, "--steps", 2, "--out", tmp_path / "x.png")
+    assert code == 0 and (tmp_path / "x.png").exists()
+
+
+def test_the_papers_settings():
+    """NA-LR D.1 are the defaults of --dataset cifar10."""
+    s = train.choose_settings({"dataset": "cifar10"}, "iso-compute")
+    expected = dict(model="DiT-S/2", steps=800_000, batch_size=128, lr=1e-4, warmup=3000, ema_decay=0.9999,
+                    label_dropout=0.1, guidance=2.0, flip=True, curriculum_groups=10)
+    assert {name: s[name] for name in expected} == expected
+    assert train.choose_settings({"dataset": "cifar10"}, "static")["curriculum_groups"] == 0
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path):
+    code, _, err = quick_training("--steps", 12, "--save-every", 5, "--lr", "1e-3", "--out", tmp_path / "r")
+    assert code == 0, err
+    good = (tmp_path / "r" / "state.pt").read_bytes()
+    real = train.to_unit
+    train.to_unit = lambda x: real(x) * math.nan
+    try:
+        code, _, err = quick_training("--resume", "--steps", 24, "--out", tmp_path / "r")
+    finally:
+        train.to_unit = real
+    assert code == 2 and err.count("\n") == 1 and "finite" in err and "--lr 0.0005" in err
+    assert (tmp_path / "r" / "state.pt").read_bytes() == good
+
+
+def test_an_absurd_learning_rate_never_saves_a_broken_state(tmp_path):
+    code, _, err = quick_training("--steps", 40, "--save-every", 1, "--lr", "1e30", "--out", tmp_path / "r")
+    assert code == 2 and "finite" in err
+    if (tmp_path / "r" / "state.pt").exists():
+        state = torch.load(tmp_path / "r" / "state.pt", weights_only=True)
+        assert all(torch.isfinite(p).all() for p in state["model"].values())
+
+
+BAD_TRAINING = [
+    (["--dataset", "imagenet"], ("imagenet", "shapes, cifar10, celeba")), (["--image-size", "9"], "not divisible"),
+    (["--steps", "0"], "at least 1"), (["--batch-size", "-1"], "at least 1"), (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"),
+    (["--keep", "0"], "keep"), (["--keep", "1.1"], "keep"), (["--rho-min", "2"], "rho_min"), (["--warm-start", "-1"], "warm_start"),
+    (["--model", "DiT-H/2"], "DiT-H/2"), (["--method", "lora"], "lora"), (["--num-classes", "3"], "10 classes"),
+    (["--device", "tpu"], "tpu"), (["--device", "cuda"], "not available"), (["--curriculum-groups", "5000"], "curriculum-groups"),
+    (["--curriculum-share", "2"], "curriculum-share"), (["--dense-mlp-blocks", "-1"], "negative"), (["--label-dropout", "7"], "label-dropout"),
+    (["--frobnicate"], "frobnicate"), (["--seed", "-5"], "seed"),
+]
+
+
+@pytest.mark.parametrize("arguments, says", BAD_TRAINING, ids=lambda a: " ".join(a) if isinstance(a, list) else "")
+def test_train_script_refuses(arguments, says, tmp_path, monkeypatch):
+    """One line, exit status 2, and nothing written."""
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    monkeypatch.chdir(tmp_path)
+    refuses(train, "--out", "r", *arguments, says=says)
+    assert os.listdir(tmp_path) == []
+
+
+def test_train_script_refuses_broken_image_folders(folder, tmp_path):
+    path, *_ = folder
+    common = ["--data-dir", tmp_path / "d", "--out", tmp_path / "r", "--model", "tiny", "--dataset"]
+    (tmp_path / "empty").mkdir()
+    refuses(train, *common, tmp_path / "empty", says="holds no images")
+    (tmp_path / "x.zip").write_bytes(b"PK no zip")
+    refuses(train, *common, tmp_path / "x.zip", says="neither a folder")
+    np.savez(tmp_path / "x.npz", pictures=np.zeros(3))
+    refuses(train, *common, tmp_path / "x.npz", says=("pictures", "images"))
+    np.savez(tmp_path / "y.npz", images=np.array([{}], dtype=object))
+    refuses(train, *common, tmp_path / "y.npz", says="not a readable .npz")
+    whole = (path / "a" / "04.png").read_bytes()
+    (path / "a" / "04.png").write_bytes(whole[:60])
+    refuses(train, *common, path, says=("04.png", "not a readable image"))
+    Image.fromarray(np.zeros((8, 10, 3), np.uint8)).save(path / "a" / "04.png")
+    refuses(train, *common, path, says=("a/04.png is 10x8", "8x8", "--image-size"))
+    assert not (tmp_path / "r").exists() and not (tmp_path / "d").exists()
+
+
+def test_train_script_keeps_a_run_that_is_there(run):
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    refuses(train, "--out", run, says=("already holds a run", "--resume"))
+    refuses(train, "--out", run, "--resume", "--keep", "0.25", "--seed", "3", says=("--keep 0.25 (the run has 0.5)", "--seed 3"))
+    refuses(train, "--out", run, "--resume", "--steps", 5, says="already trained 6 steps")
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_resuming_a_finished_run_draws_its_picture(run, tmp_path):
+    """A kill between the last save and the picture must not leave a run without one."""
+    shutil.copytree(run, tmp_path / "r")
+    (tmp_path / "r" / "samples" / "final.png").unlink()
+    code, _, err = quick_training("--resume", "--out", tmp_path / "r")
+    assert code == 0 and (tmp_path / "r" / "samples" / "final.png").exists(), err
+    same_state(run, tmp_path / "r")
+
+
+def test_resume_refuses_a_broken_state(run, tmp_path):
+    shutil.copytree(run, tmp_path / "r")
+    whole = (tmp_path / "r" / "state.pt").read_bytes()
+    (tmp_path / "r" / "state.pt").write_bytes(whole[:1000])
+    refuses(train, "--resume", "--steps", 20, "--out", tmp_path / "r", says="state.pt cannot be loaded")
+    (tmp_path / "r" / "config.json").write_text("{")
+    refuses(train, "--resume", "--out", tmp_path / "r", says="config.json is not a run's settings")
+
+
+def test_help_teaches(capsys):
+    for module in (train, sample):
+        code, out, _ = cli(module, "--help")
+        assert code == 0 and "python train.py" in out or "python sample.py" in out
