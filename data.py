@@ -160,16 +160,16 @@ def _polygon(x, y, corners, radius):
 
 
 def _star(x, y):
-    """Inside a five-pointed star: the edge runs straight from a tip (radius 1) to a notch (0.45)."""
+    """Inside a five-pointed star: the edge runs straight from a tip (radius 1) to a notch (0.5)."""
     angle = torch.remainder(torch.atan2(x, y), 2 * math.pi / 5)
     angle = torch.minimum(angle, 2 * math.pi / 5 - angle)  # folded: 0 at the tip, pi/5 at the notch
     px, py = torch.hypot(x, y) * torch.sin(angle), torch.hypot(x, y) * torch.cos(angle)
-    nx, ny = 0.45 * math.sin(math.pi / 5), 0.45 * math.cos(math.pi / 5)
+    nx, ny = 0.5 * math.sin(math.pi / 5), 0.5 * math.cos(math.pi / 5)
     return nx * (py - 1) - (ny - 1) * px < 0
 
 
 def _plus(x, y):
-    return (torch.minimum(x.abs(), y.abs()) < 0.3) & (torch.maximum(x.abs(), y.abs()) < 0.9)
+    return (torch.minimum(x.abs(), y.abs()) < 0.36) & (torch.maximum(x.abs(), y.abs()) < 0.95)
 
 
 def _heart(x, y):
@@ -186,7 +186,7 @@ SHAPES = {
     "plus": _plus,
     "cross": lambda x, y: _plus((x + y) / math.sqrt(2), (x - y) / math.sqrt(2)),
     "star": _star,
-    "moon": lambda x, y: (torch.hypot(x, y) < 0.95) & (torch.hypot(x - 0.6, y) > 0.75),
+    "moon": lambda x, y: (torch.hypot(x, y) < 0.95) & (torch.hypot(x, y - 0.65) > 0.75),
     "heart": _heart,
 }
 
@@ -276,7 +276,7 @@ def open_source(name: str, data_dir: str = "data", split: str = "train", image_s
         stamps = [(p.stat().st_size, p.stat().st_mtime_ns) for p in files]
         return _from_files(path, names, lambda member: open(path / member, "rb"), stamps, image_size)
     if path.suffix.lower() == ".npz":
-        return _npz(path)
+        return _npz(path, image_size)
     if zipfile.is_zipfile(path):
         archive = zipfile.ZipFile(path)
         infos = sorted((i for i in archive.infolist() if i.filename.lower().endswith(IMAGE_ENDINGS)),
@@ -338,7 +338,7 @@ def _from_files(path: Path, names: list[str], open_file, stamps: list, size: int
     return Source(str(path), len(names), read, labels, classes, key)
 
 
-def _npz(path: Path) -> Source:
+def _npz(path: Path, image_size: int | None) -> Source:
     """`images` (N, H, W, 3) uint8 with optional `labels`, or `arr_0` as the ADM evaluation suite writes."""
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -354,6 +354,9 @@ def _npz(path: Path) -> Source:
         raise InputError(f"{path} is not a readable .npz file ({error})") from None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
         raise InputError(f"{path}: `{key}` is {images.dtype} {images.shape}; expected uint8 (N, H, W, 3), N >= 1")
+    if image_size not in (None, images.shape[1]):
+        raise InputError(f"{path} holds images of {images.shape[2]}x{images.shape[1]}, which are taken as they are; "
+                         "leave --image-size out")
     classes = []
     if labels is not None:
         if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:

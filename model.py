@@ -26,7 +26,7 @@ PRESETS = {
     for name, (depth, width, heads) in SIZES.items() for patch in (2, 4, 8)
 }
 # small enough to learn `shapes` on two CPU cores in minutes
-PRESETS["tiny"] = dict(depth=4, width=128, heads=4, patch=2, conditioning="shared", dense_mlp_blocks=0)
+PRESETS["tiny"] = dict(depth=3, width=192, heads=6, patch=4, conditioning="shared", dense_mlp_blocks=0)
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,8 @@ class DiT(nn.Module):
         h = self.patchify(x).flatten(2).transpose(1, 2) + self.position  # (B, N, D)
         for i, block in enumerate(self.blocks):
             h = block(h, c[i % len(c)], active)  # (B, N, D)
-        shift, scale = self.final_adaln(c[0])[:, None].chunk(2, dim=2)  # (B, 1, D); the published model takes block 0's c
+        # with an embedder in every block, the published model takes the first one's vector here
+        shift, scale = self.final_adaln(c[0])[:, None].chunk(2, dim=2)  # (B, 1, D)
         h = self.final_out(modulate(h, shift, scale))  # (B, N, p*p*C)
         p, side = self.config.patch, self.config.image_size // self.config.patch
         h = h.view(-1, side, side, p, p, self.config.channels)
@@ -307,13 +308,15 @@ def add_model_flags(parser) -> None:
     """Flags default to None where the preset decides, so that a given flag can be told from a default."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", choices=PRESETS, metavar="NAME",
-                       help=f"tiny (default for shapes) or {', '.join(SIZES)} with /2, /4, /8 (default elsewhere: DiT-S/2)")
+                       help=f"tiny (default for shapes), or {', '.join(SIZES)} with /2, /4, /8 (default: DiT-S/2)")
     group.add_argument("--method", choices=METHODS,
                        help="full: dense; static: one rank for all t; iso-compute: noise-adaptive, average cost of "
                             "static; iso-param: noise-adaptive, parameters of static (default iso-compute)")
-    group.add_argument("--keep", type=float, metavar="P", help="share of the parameters a static layer keeps (default 0.5)")
+    group.add_argument("--keep", type=float, metavar="P",
+                       help="share of the parameters that a static layer keeps (default 0.5)")
     group.add_argument("--rank-profile", choices=("logistic", "linear"), help="shape of Phi(t) (default logistic)")
-    group.add_argument("--rho-min", type=float, metavar="F", help="smallest share of r_max that is active (default 0.4)")
+    group.add_argument("--rho-min", type=float, metavar="F",
+                       help="smallest share of r_max that is active (default 0.4)")
     group.add_argument("--warm-start", type=float, metavar="F", help="share of t that always has r_max (default 0.1)")
     group.add_argument("--conditioning", choices=("per-block", "shared"),
                        help="timestep and label embedder in every block, or one for all "
@@ -335,11 +338,12 @@ def config_from_flags(args, default_model: str, **facts) -> Config:
 
 def rank_summary(config: Config) -> list[str]:
     """A line per distinct layer shape: its rank, and a warning where low rank costs more than dense."""
-    shapes = Counter((l.m, l.n, l.rank) for l in linear_layers(config) if l.rank is not None)
+    schedule = config.rank_schedule()
+    shapes = Counter((layer.m, layer.n, layer.rank) for layer in linear_layers(config) if layer.rank is not None)
     lines = []
     for (m, n, r), count in sorted(shapes.items()):
-        schedule = config.rank_schedule()
-        low = schedule.active(T, r) if schedule else r
-        line = f"{count:4d} layers {m:5d} x {n:<5d} rank {low}..{r}" if low < r else f"{count:4d} layers {m:5d} x {n:<5d} rank {r}"
-        lines.append(line + (f"  (above m n / (m + n) = {m * n / (m + n):.0f}: costs more than dense)" if r * (m + n) > m * n else ""))
+        line = f"{count:4d} layers {m:5d} x {n:<5d} rank " + (f"{schedule.active(T, r)}..{r}" if schedule else f"{r}")
+        if r * (m + n) > m * n:
+            line += f"  (above m n / (m + n) = {m * n / (m + n):.0f}: costs more than dense)"
+        lines.append(line)
     return lines

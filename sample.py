@@ -154,6 +154,11 @@ def save_png(path: Path, image: torch.Tensor) -> None:
     write_then_rename(path, lambda file: Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "PNG"))
 
 
+def grid_columns(classes: int) -> int:
+    """One column a class where that fits, else ten."""
+    return classes if 1 < classes <= 20 else 10
+
+
 def save_grid(path: Path, images: torch.Tensor, columns: int) -> None:
     """One PNG of uint8 images (n, 3, H, W), row by row, small ones enlarged by whole pixels."""
     images = images.repeat_interleave(scale := max(1, 64 // images.shape[-1]), -1).repeat_interleave(scale, -2)
@@ -202,21 +207,22 @@ def choose_classes(text: str, names: list[str], num_classes: int) -> list[int]:
 
 
 def main():
-    parser = Parser(description=__doc__.split("\n\n")[0] + "\n\n" + __doc__.split("\n\n")[1])
-    parser.add_argument("--run", metavar="DIR", help="folder of a run (default: the newest under runs/)")
-    parser.add_argument("--num", type=positive_int, default=100, metavar="N", help="how many images (default 100)")
-    parser.add_argument("--classes", default="all", help="class numbers or names, e.g. 0,3 or star,heart; image i takes "
-                                                         "them in turn (default all)")
-    parser.add_argument("--sampler", choices=("ddim", "ddpm"), default="ddim", help="ddim: deterministic; ddpm: ancestral")
-    parser.add_argument("--steps", type=positive_int, default=100, metavar="N", help="sampling steps, 1 to 1000 (default 100)")
-    parser.add_argument("--guidance", type=float, metavar="W",
-                        help="eps = eps_u + W (eps_c - eps_u); 1 is plain conditional (default: the run's, 2 for the paper's)")
-    parser.add_argument("--no-clip", action="store_true", help="do not clip predicted images to [-1, 1] at every step")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="image i of a seed is the same in any batch (default 0)")
-    parser.add_argument("--out", metavar="FILE.png|FILE.npz|DIR", help="a grid, an array for fid.py, or a folder of PNGs "
-                                                                       "(default: a grid in the run's samples/)")
-    parser.add_argument("--batch-size", type=positive_int, metavar="N", help="images at a time (default 100 on a CPU, else 500)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--run", metavar="DIR", help="folder of a run (default: the newest under runs/)")
+    add("--num", type=positive_int, default=100, metavar="N", help="how many images (default 100)")
+    add("--classes", default="all", help="class numbers or names, e.g. 0,3 or star,heart; image i takes them in turn "
+        "(default all)")
+    add("--sampler", choices=("ddim", "ddpm"), default="ddim", help="ddim: deterministic; ddpm: ancestral")
+    add("--steps", type=positive_int, default=100, metavar="N", help="sampling steps, 1 to 1000 (default 100)")
+    add("--guidance", type=float, metavar="W", help="eps = eps_u + W (eps_c - eps_u); 1 is plain conditional "
+        "(default: the run's, 2 for the paper's)")
+    add("--no-clip", action="store_true", help="do not clip predicted images to [-1, 1] at every step")
+    add("--seed", type=int, default=0, metavar="N", help="image i of a seed is the same in any batch (default 0)")
+    add("--out", metavar="FILE.png|FILE.npz|DIR", help="a grid, an array for fid.py, or a folder of PNGs (default: a "
+        "grid in the run's samples/)")
+    add("--batch-size", type=positive_int, metavar="N", help="images at a time (default 100 on a CPU, else 500)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     args = parser.parse_args()
     if args.steps > 1000:
         parser.error(f"--steps {args.steps}: a sampler takes 1 to 1000")
@@ -242,8 +248,8 @@ def main():
             equivalent = first + len(indices) * done / args.steps  # images, counting unfinished ones in part
             rate = equivalent / (time.time() - start)
             if done == args.steps or sys.stdout.isatty():  # in a file, one line a batch is enough
-                show_progress(f"{run}: step {done}/{args.steps}, image {indices[-1] + 1}/{args.num}, {rate:.1f} images/s, "
-                              f"{duration((args.num - equivalent) / rate)} left")
+                show_progress(f"{run}: step {done}/{args.steps}, image {indices[-1] + 1}/{args.num}, "
+                              f"{rate:.1f} images/s, {duration((args.num - equivalent) / rate)} left")
 
         drawn, drawn_labels = draw_images(model, indices, classes, args.seed, args.sampler, args.steps, guidance,
                                           not args.no_clip, on_step)
@@ -258,9 +264,8 @@ def main():
         arrays = {"arr_0": torch.cat(images).permute(0, 2, 3, 1).numpy(), "labels": torch.cat(labels).numpy()}
         write_then_rename(out, lambda file: np.savez(file, **arrays))
     elif out.suffix == ".png":
-        columns = len(classes) if 1 < len(classes) <= 20 else 10
-        save_grid(out, torch.cat(images), columns)
-        if 1 < len(classes) <= 20:
+        save_grid(out, torch.cat(images), grid_columns(len(classes)))
+        if len(classes) == grid_columns(len(classes)):
             print("columns:", ", ".join(state["classes"][c] if state["classes"] else str(c) for c in classes))
     print(f"{args.num} images, {args.sampler} {args.steps} steps, guidance {guidance:g}: {out}")
 

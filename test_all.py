@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from dataclasses import asdict, replace
 from fractions import Fraction
@@ -34,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import curriculum
 import data
+import fid
 import flops
 import lowrank
 import model
@@ -43,7 +45,10 @@ import train
 from model import Config, DiT
 from schedule import T
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE / "experiments"))
+import classifier
+
 SMALL = dict(depth=2, width=32, heads=2, patch=2, image_size=8, num_classes=4, dense_mlp_blocks=0)
 
 
@@ -1446,3 +1451,379 @@ def test_help_teaches(capsys):
     for module in (train, sample):
         code, out, _ = cli(module, "--help")
         assert code == 0 and "python train.py" in out or "python sample.py" in out
+
+
+# ----------------------------------------------------------------------------------------------------
+# fid.py
+
+
+def formula(shape, a, b):
+    """Numbers that look random and are the same on every machine and numpy version, in [-1, 1)."""
+    i = np.arange(np.prod(shape), dtype=np.float64)
+    return ((a * i * i + b * i) % 1 * 2 - 1).reshape(shape)
+
+
+def test_frechet_distance_of_commuting_gaussians():
+    """FID Eq. (6): with diagonal covariances the distance is |mu1 - mu2|^2 + sum (s1 - s2)^2."""
+    g = np.random.default_rng(0)
+    m1, m2, s1, s2 = g.normal(size=(4, 40))
+    q = np.linalg.qr(g.normal(size=(40, 40)))[0]  # the same rotation of both changes nothing
+    ours = fid.frechet_distance(q @ m1, q @ np.diag(s1**2) @ q.T, q @ m2, q @ np.diag(s2**2) @ q.T)
+    assert ours == pytest.approx(((m1 - m2) ** 2).sum() + ((abs(s1) - abs(s2)) ** 2).sum(), rel=1e-10)
+
+
+# made once with mpmath 1.3 at 40 digits: singular values of A B^T, A and B the centred rows / sqrt(n - 1)
+@pytest.mark.parametrize("n1, n2, d, expected", [
+    (40, 50, 12, 0.068117025309648178), (9, 50, 16, 0.11900381451397744), (9, 11, 24, 0.089254589796297743)])
+def test_frechet_distance_against_forty_digits(n1, n2, d, expected):
+    """FID Eq. (6), full rank and rank deficient, on ill-scaled features."""
+    scale = 2.0 ** -np.arange(d)
+    x, y = formula((n1, d), 0.3819660112, 0.7548776662) * scale, formula((n2, d), 0.2451223337, 0.5698402909) * scale
+    ours = fid.frechet_distance(x.mean(0), np.cov(x, rowvar=False), y.mean(0), np.cov(y, rowvar=False))
+    assert ours == pytest.approx(expected, rel=1e-10)
+
+
+def test_frechet_distance_needs_matching_shapes():
+    eye = np.eye(3)
+    assert fid.frechet_distance(np.zeros(3), eye, np.zeros(3), eye) == 0
+    assert fid.frechet_distance(np.zeros(3), 0 * eye, np.ones(3), eye) == 6  # a point against a Gaussian
+    with pytest.raises(data.InputError, match="same features"):
+        fid.frechet_distance(np.zeros(3), eye, np.zeros(4), np.eye(4))
+
+
+@pytest.mark.parametrize("sizes", [[100], [1, 99], [30, 30, 30, 10]])
+def test_moments_are_the_mean_and_covariance(sizes):
+    """Streaming gives numpy's mean and unbiased covariance, also far from zero, whatever the batches."""
+    x = torch.randn(100, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1e6
+    moments = fid.Moments()
+    for part in x.split(sizes):
+        moments.add(part)
+    mu, sigma = moments.result()
+    np.testing.assert_allclose(mu, x.numpy().mean(0), rtol=1e-14)
+    np.testing.assert_allclose(sigma, np.cov(x.numpy() - 1e6, rowvar=False), rtol=1e-9, atol=1e-9)
+
+
+def test_precision_recall_by_definition(monkeypatch):
+    """Kynkaanniemi et al. Eq. (1), (2), by counting. Integer features, so that distances tie exactly."""
+    monkeypatch.setattr(fid, "BLOCK", 16)
+    g = np.random.default_rng(0)
+    real, fake = g.integers(-3, 4, (50, 3)), g.integers(-2, 5, (37, 3))
+
+    def squared(a, b):
+        return ((a[:, None] - b[None]) ** 2).sum(2)
+
+    for k in (1, 3):
+        radius = [np.sort(squared(x, x), 1)[:, k] for x in (real, fake)]
+        precision = np.mean([any(squared(real, fake)[:, j] < radius[0]) for j in range(37)])
+        recall = np.mean([any(squared(real, fake)[i] < radius[1]) for i in range(50)])
+        ours = fid.precision_recall(torch.tensor(real).float(), torch.tensor(fake).float(), k)
+        assert ours == (precision, recall) and 0 < precision < 1 and 0 < recall < 1
+    with pytest.raises(data.InputError, match="more than 3"):
+        fid.precision_recall(torch.zeros(3, 2), torch.zeros(9, 2), 3)
+
+
+def test_precision_recall_as_prdc():
+    """prdc 0.2 gave these on the same features (sums and products of features alone, no random numbers)."""
+    real = torch.from_numpy(formula((300, 8), 0.3819660112, 0.7548776662))
+    fake = torch.from_numpy(formula((200, 8), 0.2451223337, 0.5698402909)) * 0.9 + 0.15
+    assert fid.precision_recall(real, fake, 3) == (0.82, 0.75)
+
+
+def test_inception_score():
+    """Salimans et al. 2016: exp E KL(p(y|x) || p(y)); certain and balanced gives the classes, uniform 1."""
+    def score(p):
+        p = p.double()
+        p_log_p = -torch.special.entr(p).sum(-1, keepdim=True)
+        return fid.inception_score(torch.cat([p, p_log_p, torch.ones_like(p_log_p)], -1).sum(1))
+
+    certain = torch.eye(8).repeat(2, 1, 1)  # (splits, images, classes)
+    assert score(certain) == pytest.approx(8)
+    assert score(torch.full((2, 5, 8), 1 / 8)) == pytest.approx(1)
+    p = torch.tensor([[[0.9, 0.1], [0.3, 0.7]], [[0.5, 0.5], [0.5, 0.5]]])  # the second split scores 1
+    marginal = torch.tensor([0.6, 0.4])
+    assert score(p) == pytest.approx((1 + (p[0] * (p[0] / marginal).log()).sum(1).mean().exp().item()) / 2)
+
+
+def test_splits_of_the_inception_score():
+    """Ten consecutive tenths; if the labels come sorted, every tenth image (a tenth would hold one class)."""
+    images = torch.arange(10).repeat_interleave(10)[:, None, None, None].expand(100, 3, 4, 4).to(torch.uint8)
+
+    def network(x):  # class c with probability 0.9
+        x = x[:, 0, 0, 0]
+        p = torch.full((len(x), 1008), 1e-30)
+        p[:, :10] = 0.1 / 9
+        p[torch.arange(len(x)), x.long()] = 0.9
+        return torch.stack([x, x * x], 1).float(), torch.stack([x, x * x], 1).float(), p.log()
+
+    sorted_by_class = data.Source("x", 100, lambda i, j: images[i:j], images[:, 0, 0, 0].long(), [])
+    unlabelled = data.Source("x", 100, lambda i, j: images[i:j], None, [])
+    extractor = fid.Extractor("x", "x", lambda device: network)
+    scores = [fid.measure(s, extractor, torch.device("cpu"), 7).inception_score for s in (sorted_by_class, unlabelled)]
+    kl = 0.9 * np.log(0.9 / 0.1) + 0.1 * np.log(0.1 / 9 / 0.1)
+    assert scores == pytest.approx([np.exp(kl), 1.0])
+
+
+@pytest.fixture(scope="module")
+def inception():
+    """The network with made-up weights that are the same everywhere, and activations of order one."""
+    net = fid.Inception().eval()
+    state = net.state_dict()
+    for i, (name, w) in enumerate(state.items()):
+        if w.ndim == 0:
+            continue
+        values = torch.from_numpy(formula(w.shape, 0.3819660112 + i * 1e-4, 0.7548776662)).float()
+        if w.ndim == 4:
+            values *= (6 / w[0].numel()) ** 0.5
+        elif name.endswith(("bn.weight", "running_var")):
+            values = 1 + 0.5 * values
+        elif w.ndim == 2:
+            values *= 0.05
+        state[name] = 0.3 * values if name.endswith(("bias", "running_mean")) else values
+    net.load_state_dict(state)
+    return net
+
+
+def some_images():
+    """uint8 (2, 3, 24, 340): waves, to be made higher and narrower by the resize."""
+    y, x = torch.meshgrid(torch.arange(24.0), torch.arange(340.0), indexing="ij")
+    waves = [(x * (0.3 + 0.1 * c) + y * (0.2 + 0.15 * n)).sin() + (x * y / (40 + 9 * c)).cos() for n in range(2) for c in range(3)]
+    return (torch.stack(waves).reshape(2, 3, 24, 340) * 63 + 127).round().to(torch.uint8)
+
+
+PYTORCH_FID = [  # mean, spread, then some entries
+    [2.592785, 3.634893, 0.297273, 24.15967, 0.000299, 0.327809, 24.236818, 0.0],
+    [0.936915, 1.264961, 0.0, 0.037425, 4.085309, 0.0, 0.0, 4.057065],
+    [0.326836, 5.671558, -4.565959, 4.710322, -4.816909, -4.673604, 4.805509, -4.914541]]
+
+
+def test_inception_as_pytorch_fid(inception):
+    """pytorch-fid 0.3.0 gave these with the same weights on the same images, its own resize included (its
+    InceptionV3 with the `inception` fixture's state dict; Mixed_6d.branch1x1 by a hook; logits less bias)."""
+    with torch.no_grad():
+        features, spatial, logits = inception(some_images())
+    assert features.shape == (2, 2048) and spatial.shape == (2, 7 * 17 * 17) and logits.shape == (2, 1008)
+    for ours, expected in zip((features, spatial, logits), PYTORCH_FID):
+        ours = [ours.mean().item(), ours.std().item(), *ours[:, 5::ours.shape[1] // 3].flatten().tolist()]
+        assert ours == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def test_inception_weights_are_checked_and_offline_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+
+    def no_network(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    np.savez(tmp_path / "a.npz", images=np.zeros((4, 8, 8, 3), np.uint8))
+    code, out, err = cli(fid, tmp_path / "a.npz", tmp_path / "a.npz", "--data-dir", tmp_path, "--device", "cpu")
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and not out and "put pt_inception-2015-12-05-6726825d.pth into" in last and str(tmp_path) in last
+    (tmp_path / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth").write_bytes(b"something else")
+    code, _, err = cli(fid, tmp_path / "a.npz", tmp_path / "a.npz", "--data-dir", tmp_path, "--device", "cpu")
+    assert code == 2 and "SHA-256" in err and err.count("\n") == 1
+
+
+def test_spread():
+    """One index from each stretch, for sorted classes and for classes that take turns alike."""
+    i = fid.spread(20_000, 500)
+    assert len(i) == 500 and bool((i // 40 == torch.arange(500)).all())
+    assert (torch.bincount(i % 10, minlength=10) > 20).all()
+    assert fid.spread(7, 9).tolist() == list(range(7)) and len(fid.spread(7, 0)) == 0
+
+
+class Pixels(torch.nn.Module):
+    """Features that a person can compute by hand: mean and spread of each channel."""
+
+    def forward(self, images):
+        x = images.float() / 255
+        return torch.cat([x.mean((2, 3)), x.std((2, 3))], 1)  # (N, 6)
+
+
+class Broken(torch.nn.Module):
+    def __init__(self, how: str):
+        super().__init__()
+        self.how = how
+
+    def forward(self, images):
+        x = images.float().mean((2, 3))
+        if self.how == "nan":
+            return x / 0 - x / 0
+        if self.how == "shape":
+            return x[:1]
+        return x @ x  # fails
+
+
+def script(module, path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(module), str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with two sets of shapes as .npz, a feature file, and statistics."""
+    folder = tmp_path_factory.mktemp("fid")
+    for name, seed, n in (("a", 1, 120), ("b", 2, 100)):
+        images, labels = data.draw_shapes(n, 8, seed)
+        np.savez(folder / f"{name}.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
+    script(Pixels(), folder / "pixels.pt")
+    return folder
+
+
+def run_fid(folder, *arguments):
+    return cli(fid, *arguments, "--data-dir", folder / "data", "--device", "cpu")
+
+
+def test_fid_end_to_end(work):
+    """The script's figures are those of the definitions on the same features; stdout is the JSON alone."""
+    code, out, err = run_fid(work, work / "a.npz", work / "b.npz", "--features", work / "pixels.pt", "--json", "--batch-size", 7)
+    result = json.loads(out)
+    assert code == 0 and out.count("\n") == 1 and "biased" in err
+    assert list(result) == ["frechet_distance", "sfid", "inception_score", "precision", "recall", "n_generated",
+                            "n_reference", "features"]
+    assert "pixels.pt" in result["features"] and result["inception_score"] is None and result["sfid"] is None
+    assert (result["n_generated"], result["n_reference"]) == (120, 100)
+    x, y = (Pixels()(data.load(str(work / name)).images).double() for name in ("a.npz", "b.npz"))
+    statistics = [(z.mean(0), z.T.cov()) for z in (x, y)]
+    assert result["frechet_distance"] == pytest.approx(fid.frechet_distance(*statistics[0], *statistics[1]), rel=1e-5)
+    assert (result["precision"], result["recall"]) == fid.precision_recall(y, x, 3)
+    code, out, _ = run_fid(work, work / "a.npz", work / "b.npz", "--features", work / "pixels.pt")
+    assert code == 0 and "Frechet distance (not an FID)" in out
+
+
+def test_statistics_files(work, tmp_path):
+    """Written statistics give the same distance, hold `n`, and so do bare `mu` and `sigma` of other tools."""
+    flags = "--features", work / "pixels.pt", "--json"
+    code, out, _ = run_fid(work, work / "a.npz", work / "b.npz", *flags, "--save-stats", tmp_path / "b.npz")
+    images = json.loads(out)
+    with np.load(tmp_path / "b.npz") as file:
+        assert file["n"] == 100 and file["mu"].dtype == np.float64 and "points" not in file.files
+        np.savez(tmp_path / "bare.npz", mu=file["mu"].astype(np.float32), sigma=file["sigma"])
+    saved = json.loads(run_fid(work, work / "a.npz", tmp_path / "b.npz", *flags)[1])
+    assert saved["frechet_distance"] == images["frechet_distance"] and saved["n_reference"] == 100
+    assert saved["precision"] is None and saved["recall"] is None
+    bare = json.loads(run_fid(work, work / "a.npz", tmp_path / "bare.npz", *flags)[1])
+    assert bare["frechet_distance"] == pytest.approx(saved["frechet_distance"], rel=1e-3) and bare["n_reference"] is None
+    code, _, err = run_fid(work, work / "a.npz", tmp_path / "b.npz", "--features", script(Broken("ok"), tmp_path / "other.pt"))
+    assert code == 2  # that file fails; and one that works must still not be compared with these statistics
+    code, _, err = run_fid(work, tmp_path / "b.npz", tmp_path / "b.npz")
+    assert code == 2 and "--features" in err and err.count("\n") == 1
+
+
+def test_the_reference_is_cached_by_content(work, tmp_path, monkeypatch):
+    calls = []
+    measure = fid.measure
+    monkeypatch.setattr(fid, "measure", lambda source, *a, **k: calls.append(source.name) or measure(source, *a, **k))
+    flags = "--features", work / "pixels.pt", "--json", "--data-dir", tmp_path / "data", "--device", "cpu"
+    reference = tmp_path / "b.npz"
+    reference.write_bytes((work / "b.npz").read_bytes())
+    first = cli(fid, work / "a.npz", reference, *flags)[1]
+    reference = reference.rename(tmp_path / "moved.npz")  # the same content under another name
+    assert cli(fid, work / "a.npz", reference, *flags)[1] == first and len(calls) == 3
+    with np.load(reference) as file:
+        images = file["images"].copy()
+    images[3, 0, 0, 0] ^= 255  # one pixel
+    np.savez(reference, images=images)
+    assert cli(fid, work / "a.npz", reference, *flags)[1] != first and len(calls) == 5
+    for cache in (tmp_path / "data" / "cache").iterdir():
+        cache.write_bytes(cache.read_bytes()[:500])  # damaged: measured again, not an error
+    assert cli(fid, work / "a.npz", reference, *flags)[0] == 0 and len(calls) == 7
+
+
+def test_exported_features(work, tmp_path):
+    """A .pt2 file of torch.export serves like TorchScript."""
+    batch = torch.export.Dim("batch", min=1, max=1000)
+    program = torch.export.export(Pixels(), (torch.zeros(2, 3, 8, 8, dtype=torch.uint8),), dynamic_shapes=({0: batch},))
+    torch.export.save(program, tmp_path / "pixels.pt2")
+    results = [json.loads(run_fid(work, work / "a.npz", work / "b.npz", "--features", file, "--json")[1])
+               for file in (work / "pixels.pt", tmp_path / "pixels.pt2")]
+    assert results[0]["frechet_distance"] == pytest.approx(results[1]["frechet_distance"], rel=1e-6)
+
+
+def test_bad_input_to_fid_is_one_line(work, tmp_path):
+    a, pixels = work / "a.npz", work / "pixels.pt"
+    np.savez(tmp_path / "one.npz", images=np.zeros((1, 8, 8, 3), np.uint8))
+    np.savez(tmp_path / "mu5.npz", mu=np.zeros(5), sigma=np.eye(5))
+    np.savez(tmp_path / "odd.npz", mu=np.zeros(6), sigma=np.eye(5))
+    np.savez(tmp_path / "nosigma.npz", mu=np.zeros(6))
+    np.savez(tmp_path / "nan.npz", mu=np.zeros(6), sigma=np.full((6, 6), np.nan))
+    np.savez(tmp_path / "skew.npz", mu=np.zeros(6), sigma=np.tril(np.ones((6, 6))))
+    (tmp_path / "cut.npz").write_bytes((work / "a.npz").read_bytes()[:-30])
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "text.pt2").write_text("hello")
+    for folder in ("empty", "broken"):
+        (tmp_path / folder).mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "broken" / "a.png")
+    (tmp_path / "broken" / "b.png").write_text("no image")
+    broken = {how: script(Broken(how), tmp_path / f"{how}.pt") for how in ("nan", "shape", "fails")}
+    for generated, reference, features, said in [
+            (tmp_path / "none", a, pixels, "no dataset"), (tmp_path / "empty", a, pixels, "holds no images"),
+            (tmp_path / "one.npz", a, pixels, "at least 2"), (tmp_path / "broken", a, pixels, "b.png"),
+            (a, tmp_path / "mu5.npz", pixels, "6 features per image"), (a, tmp_path / "odd.npz", pixels, "(D, D)"),
+            (a, tmp_path / "nosigma.npz", pixels, "sigma"), (a, tmp_path / "nan.npz", pixels, "NaN"),
+            (a, tmp_path / "skew.npz", pixels, "symmetric"), (a, tmp_path / "cut.npz", pixels, "cut.npz"),
+            (a, a, tmp_path / "text.pt", "TorchScript"), (a, a, tmp_path / "text.pt2", "TorchScript"),
+            (a, a, tmp_path / "none.pt", "cannot read"), (a, a, broken["nan"], "not finite"),
+            (a, a, broken["shape"], "(N, D)"), (a, a, broken["fails"], "fails on uint8")]:
+        code, out, err = run_fid(work, generated, reference, "--features", features)
+        assert (code, out) == (2, "") and said in err and err.count("\n") == 1, (code, out, err)
+    assert run_fid(work, a, a, "--features", pixels, "--inception", pixels)[0] == 2
+    assert run_fid(work, a, a, "--features", pixels, "--pr-num", -1)[0] == 2
+
+
+def test_warnings(work, tmp_path):
+    images, _ = data.draw_shapes(300, 16, 5)
+    np.savez(tmp_path / "big.npz", images=images.permute(0, 2, 3, 1).numpy())
+    flags = "--features", work / "pixels.pt", "--json"
+    _, out, err = run_fid(work, work / "b.npz", tmp_path / "big.npz", *flags)
+    assert "8x8 against 16x16" in err and "below 10,000" in err and "not comparable" in err and "100 generated" in err
+    _, out, err = run_fid(work, work / "b.npz", tmp_path / "big.npz", *flags, "--num", 50)
+    result = json.loads(out)
+    assert result["n_generated"] == result["n_reference"] == 50 and "50 of 100 images" in err and "not comparable" not in err
+    assert json.loads(run_fid(work, work / "a.npz", work / "b.npz", *flags, "--pr-num", 0)[1])["precision"] is None
+
+
+# ----------------------------------------------------------------------------------------------------
+# experiments/
+
+def test_classifier_trains_and_judges(tmp_path):
+    """Beats chance by far on fresh shapes after a few steps, judges true labels high and wrong ones low."""
+    flags = "--data-dir", tmp_path, "--device", "cpu", "--json"
+    out_file = tmp_path / "c.pt"
+    code, out, _ = cli(classifier, "--image-size", 8, "--num", 2000, "--steps", 120, "--width", 16, "--out", out_file, *flags)
+    result = json.loads(out)
+    assert code == 0 and result["held_out_accuracy"] > 0.5
+    images, labels = data.draw_shapes(400, 8, 9)
+    np.savez(tmp_path / "good.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
+    np.savez(tmp_path / "wrong.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=(labels.numpy() + 1) % 10)
+    judged = {name: json.loads(cli(classifier, "--classifier", out_file, "--generated", tmp_path / f"{name}.npz", *flags)[1])
+              for name in ("good", "wrong")}
+    assert judged["good"]["recognised"] > 0.5 > judged["wrong"]["recognised"]
+    assert [row["class"] for row in judged["good"]["per_class"]] == list(data.SHAPES)
+    for name in ("star", "circle"):  # class folders are matched by name
+        (tmp_path / "folders" / name).mkdir(parents=True)
+        for i in range(3):
+            pixels = images[labels == list(data.SHAPES).index(name)][i].permute(1, 2, 0).numpy()
+            Image.fromarray(pixels).save(tmp_path / "folders" / name / f"{i}.png")
+    folders = json.loads(cli(classifier, "--classifier", out_file, "--generated", tmp_path / "folders", *flags)[1])
+    by_name = {row["class"]: row["n"] for row in folders["per_class"]}
+    assert by_name["star"] == by_name["circle"] == 3 and sum(by_name.values()) == 6
+    # its features serve fid.py, and are the classifier's own
+    features = fid.file_extractor(tmp_path / "c.features.pt").load(torch.device("cpu"))(images)[0]
+    model, _ = classifier.load_classifier(out_file, torch.device("cpu"))
+    with torch.no_grad():
+        assert torch.allclose(features, model.eval().features(images), atol=1e-5)
+        assert torch.equal(model.head(features).argmax(1), model(images).argmax(1))
+
+
+def test_bad_input_to_classifier_is_one_line(tmp_path):
+    np.savez(tmp_path / "plain.npz", images=np.zeros((3, 8, 8, 3), np.uint8))
+    (tmp_path / "text.pt").write_text("hello")
+    for arguments, said in [
+            (["--dataset", tmp_path / "plain.npz"], "no classes"), (["--classifier", tmp_path / "text.pt"], "--generated"),
+            (["--classifier", tmp_path / "text.pt", "--generated", tmp_path / "plain.npz"], "not a classifier"),
+            (["--classifier", tmp_path / "none.pt", "--generated", tmp_path / "plain.npz"], "no classifier"),
+            (["--generated", tmp_path / "none.npz"], "no dataset"), (["--steps", 0], "at least 1")]:
+        code, out, err = cli(classifier, *arguments, "--data-dir", tmp_path, "--device", "cpu", "--out", tmp_path / "x.pt")
+        assert (code, out) == (2, "") and said in err and err.count("\n") == 1, (arguments, code, out, err)

@@ -30,7 +30,7 @@ from data import (DATASETS, InputError, Parser, batch_indices, duration, end_pro
                   read_checkpoint, run_script, show_progress, to_unit, write_then_rename)
 from lowrank import orthogonality_penalty, widths
 from model import Config, DiT, add_model_flags, config_from_flags, parameter_count, rank_summary
-from sample import draw_images, newest_run, save_grid
+from sample import draw_images, grid_columns, newest_run, save_grid
 from schedule import T, NoiseSchedule, add_noise
 
 # ----------------------------------------------------------------------------------------------------
@@ -38,23 +38,27 @@ from schedule import T, NoiseSchedule, add_noise
 
 # NA-LR D.1
 PAPER = dict(steps=800_000, batch_size=128, lr=1e-4, warmup=3000, ema_decay=0.9999, label_dropout=0.1, guidance=2.0,
-             log_every=50, save_every=5000, sample_every=20_000)
-TINY = PAPER | dict(steps=3000, batch_size=64, lr=2e-3, warmup=100, ema_decay=0.998, log_every=20, save_every=500)
+             curriculum_share=0.4, log_every=50, save_every=5000, sample_every=20_000)
+TINY = PAPER | dict(steps=3000, batch_size=64, lr=2e-3, warmup=100, ema_decay=0.998, guidance=4.0, curriculum_share=0.2,
+                    log_every=20, save_every=500)
 
 # What a resumed run may be told anew. Everything else would make it another run.
-MAY_CHANGE = {"steps", "lr", "data_dir", "device", "dtype", "compile", "log_every", "save_every", "sample_every", "guidance"}
+MAY_CHANGE = {"steps", "lr", "data_dir", "device", "dtype", "compile", "log_every", "save_every", "sample_every",
+              "guidance"}
 
 
 def parse_arguments():
     tiny = ", ".join(f"{name} {value}" for name, value in TINY.items() if value != PAPER[name])
     parser = Parser(description=__doc__.replace("{TINY}", tiny))
     p = parser.add_argument_group("data and output")
-    p.add_argument("--dataset", metavar="NAME|PATH", help=f"{', '.join(DATASETS)}, or a folder, .zip or .npz (default shapes)")
+    p.add_argument("--dataset", metavar="NAME|PATH",
+                   help=f"{', '.join(DATASETS)}, or a folder, .zip or .npz (default shapes)")
     p.add_argument("--data-dir", metavar="DIR", help="where named datasets and decoded caches are kept (default data)")
     p.add_argument("--image-size", type=positive_int, metavar="N",
-                   help="shapes: size to draw (default 16); files: crop to a square and resize (default: as they are)")
+                   help="shapes: size to draw (default 16); files: crop to a square and resize (default: as is)")
     p.add_argument("--out", metavar="DIR", help="run folder (default: a new one under runs/)")
-    p.add_argument("--resume", action="store_true", help="go on with the run in --out (default: the newest under runs/)")
+    p.add_argument("--resume", action="store_true",
+                   help="go on with the run in --out (default: the newest under runs/)")
     add_model_flags(parser)
     p = parser.add_argument_group("training")
     p.add_argument("--steps", type=positive_int, metavar="N", help="optimiser steps")
@@ -62,13 +66,16 @@ def parse_arguments():
     p.add_argument("--lr", type=float, metavar="F", help="base learning rate of AdamW; decays to zero by a cosine")
     p.add_argument("--warmup", type=int, metavar="N", help="warm-up steps (at most 5 %% of the steps)")
     p.add_argument("--ema-decay", type=float, metavar="F", help="of the weights that sampling uses")
-    p.add_argument("--label-dropout", type=float, metavar="F", help="chance that a label becomes \"no class\" (default 0.1)")
+    p.add_argument("--label-dropout", type=float, metavar="F",
+                   help="chance that a label becomes \"no class\" (default 0.1)")
     p.add_argument("--no-flip", dest="flip", action="store_false", default=None, help="no random horizontal flips")
-    p.add_argument("--orthogonality", type=float, metavar="F", help="weight of the orthogonality penalty (default 1e-4)")
+    p.add_argument("--orthogonality", type=float, metavar="F",
+                   help="weight of the orthogonality penalty (default 1e-4)")
     p.add_argument("--curriculum-groups", type=int, metavar="N",
                    help="timestep groups of the curriculum, 0 = off (default 10 for iso-*, 0 for full and static)")
     p.add_argument("--curriculum-share", type=float, metavar="F",
-                   help="the curriculum takes at most this share of the steps; 1 = no such limit (default 0.4)")
+                   help="the curriculum takes at most this share of the steps; 1 = no such limit (default 0.4, "
+                        "tiny 0.2)")
     p.add_argument("--seed", type=int, metavar="N", help="of weights, data order, noise and timesteps (default 0)")
     p = parser.add_argument_group("machine and reports")
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"))
@@ -86,7 +93,7 @@ def parse_arguments():
 def choose_settings(given: dict, method: str) -> dict:
     """Every setting of a new run: the defaults of its model, overlaid with what was given."""
     settings = dict(dataset="shapes", data_dir="data", image_size=None, flip=True, orthogonality=1e-4,
-                    curriculum_groups=10 if method.startswith("iso") else 0, curriculum_share=0.4, seed=0,
+                    curriculum_groups=10 if method.startswith("iso") else 0, seed=0,
                     device="auto", dtype=None, compile=False)
     settings["model"] = given.get("model") or ("tiny" if given.get("dataset", "shapes") == "shapes" else "DiT-S/2")
     settings |= TINY if settings["model"] == "tiny" else PAPER
@@ -95,8 +102,8 @@ def choose_settings(given: dict, method: str) -> dict:
 
 def check_settings(s: dict) -> None:
     """Raises InputError for a value that no run can use."""
-    for name, low, high in (("lr", 0, math.inf), ("ema_decay", 0, 1), ("label_dropout", 0, 1), ("orthogonality", 0, math.inf),
-                            ("curriculum_share", 0, 1), ("curriculum_groups", 0, T), ("warmup", 0, math.inf),
+    for name, low, high in (("lr", 0, math.inf), ("warmup", 0, math.inf), ("ema_decay", 0, 1), ("label_dropout", 0, 1),
+                            ("orthogonality", 0, math.inf), ("curriculum_groups", 0, T), ("curriculum_share", 0, 1),
                             ("seed", 0, 2**31), ("guidance", -math.inf, math.inf)):
         if not low <= s[name] <= high or s[name] != s[name]:
             raise InputError(f"--{name.replace('_', '-')} {s[name]} must lie between {low} and {high}")
@@ -212,8 +219,8 @@ def main():
     pending = 0  # rows of these two that are filled
 
     if saved and (folder / "state.pt").exists():
-        state = read_checkpoint(folder / "state.pt", ("step", "model", "ema", "optimizer", "curriculum", "spent", "losses",
-                                                      "timesteps", "host_rng", "device_rng", "device"))
+        state = read_checkpoint(folder / "state.pt", ("step", "model", "ema", "optimizer", "curriculum", "spent",
+                                                      "losses", "timesteps", "host_rng", "device_rng", "device"))
         try:
             model.load_state_dict(state["model"])
             ema.load_state_dict(state["ema"])
@@ -269,15 +276,16 @@ def main():
         return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
     def save():
-        finite = torch.isfinite(losses[:pending]).all() and all(torch.isfinite(n) for n in torch._foreach_norm(parameters))
-        if not finite:
+        finite = [torch.isfinite(norm) for norm in torch._foreach_norm(parameters)]
+        if not (all(finite) and torch.isfinite(losses[:pending]).all()):
             raise not_finite(step)
         state = dict(step=step, model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
                      curriculum=curriculum.state_dict(), spent=spent, losses=losses[:pending].cpu(),
-                     timesteps=timesteps[:pending].clone(), host_rng=host_rng.get_state(), device_rng=device_rng.get_state(),
-                     device=device.type)
+                     timesteps=timesteps[:pending].clone(), host_rng=host_rng.get_state(),
+                     device_rng=device_rng.get_state(), device=device.type)
         write_then_rename(folder / "state.pt", lambda file: torch.save(state, file))
-        final = dict(config=asdict(config), model=ema.state_dict(), classes=dataset.classes, guidance=s["guidance"], step=step)
+        final = dict(config=asdict(config), model=ema.state_dict(), classes=dataset.classes, guidance=s["guidance"],
+                     step=step)
         write_then_rename(folder / "model.pt", lambda file: torch.save(final, file))
 
     def not_finite(step):
@@ -287,7 +295,7 @@ def main():
 
     def save_samples(name):
         images, _ = draw_images(ema, range(100), list(range(len(dataset.classes))), guidance=s["guidance"])
-        save_grid(folder / "samples" / name, images, len(dataset.classes) if 1 < len(dataset.classes) <= 20 else 10)
+        save_grid(folder / "samples" / name, images, grid_columns(len(dataset.classes)))
         return folder / "samples" / name
 
     interrupted = []
@@ -373,9 +381,10 @@ def main():
         print(f"stopped after step {step}; go on with: python train.py --resume --out {folder}", file=sys.stderr)
         sys.exit(130)
     picture = save_samples("final.png")
-    print(f"done in {duration(time.time() - begin)}: {spent:.3g} multiply-adds"
-          + (f", {1 - spent / (per_step * s['steps']):.1%} less than without the curriculum" if len(starts) > 1 else ""))
-    print(f"picture     {picture}" + (f" (columns: {', '.join(dataset.classes)})" if 1 < len(dataset.classes) <= 20 else ""))
+    saved = f", {1 - spent / (per_step * s['steps']):.1%} less than without the curriculum" if len(starts) > 1 else ""
+    print(f"done in {duration(time.time() - begin)}: {spent:.3g} multiply-adds{saved}")
+    names = dataset.classes if len(dataset.classes) == grid_columns(len(dataset.classes)) else []
+    print(f"picture     {picture}" + (f" (columns: {', '.join(names)})" if names else ""))
     print(f"more        python sample.py --run {folder}")
 
 

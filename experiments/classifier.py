@@ -1,0 +1,254 @@
+"""How many generated images would a classifier recognise as the class they were asked to be?
+
+Trains a plain convolutional classifier on real images (minutes on a CPU), reports its accuracy on images
+it has not seen, and then the share of generated images that it assigns to their own class. Unlike FID
+this needs no thousands of samples and no ImageNet, and it says *which* class fails. It says nothing about
+variety: a model that draws one perfect image per class scores 100 %.
+
+    python experiments/classifier.py --dataset shapes --out shapes_clf.pt
+    python experiments/classifier.py --classifier shapes_clf.pt --generated samples.npz
+    python fid.py samples.npz shapes --features shapes_clf.features.pt
+
+The last line uses the second file that training writes: the classifier without its last layer, as
+TorchScript, from which fid.py computes a Frechet distance where the Inception network has nothing to say.
+"""
+
+import contextlib
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's top level
+from data import (InputError, Parser, batch_indices, draw_shapes, load, open_source, pick_device, positive_int,
+                  run_script, to_unit, write_then_rename)
+
+
+class Classifier(nn.Module):
+    """Convolutions that halve the side until it is 4, then the mean over places, then one linear layer."""
+
+    def __init__(self, num_classes: int, image_size: int, width: int = 32):
+        super().__init__()
+        widths = [width]
+        while image_size > 4 * 2 ** (len(widths) - 1):
+            widths.append(min(2 * widths[-1], 4 * width))
+        layers, last = [], 3
+        for i, w in enumerate(widths + widths[-1:]):  # the last width once more, at the smallest side
+            stride = 2 if 0 < i < len(widths) else 1
+            layers += [nn.Conv2d(last, w, 3, stride, 1, bias=False), nn.BatchNorm2d(w), nn.ReLU()]
+            last = w
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(last, num_classes)
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, 3, H, W) -> float32 (N, D)"""
+        return self.body(to_unit(images)).mean((2, 3))  # (N, D, h, w) -> (N, D)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, 3, H, W) -> class scores (N, classes)"""
+        return self.head(self.features(images))
+
+
+class Features(nn.Module):
+    """What fid.py --features wants: called, it gives features."""
+
+    def __init__(self, model: Classifier):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return self.model.features(images)
+
+
+@torch.no_grad()
+def predict(model: Classifier, read, n: int, device: torch.device) -> torch.Tensor:
+    """Predicted classes, int64 (n,), of the images that read(i, j) gives, a few hundred at a time."""
+    model.eval()
+    return torch.cat([model(read(i, min(i + 256, n)).to(device)).argmax(1).cpu() for i in range(0, n, 256)])
+
+
+def training_data(args):
+    """(images, labels, held-out images, held-out labels, class names); images uint8 (N, 3, H, W)."""
+    if args.dataset == "shapes":
+        # a seed of its own: train.py draws seed 0, and judging a model by the very images it was
+        # trained on would reward memorising them
+        train = load("shapes", args.data_dir, "train", args.image_size, args.num, args.seed)
+        images, labels = draw_shapes(2000, train.images.shape[-1], args.seed + 1)
+        return train.images, train.labels, images, labels, train.classes
+    with contextlib.redirect_stdout(sys.stderr):  # load() shows progress; stdout is for the result
+        train = load(args.dataset, args.data_dir, "train", args.image_size)
+    if len(train.classes) < 2:
+        raise InputError(f"{args.dataset} has no classes to tell apart; give a folder with a folder per class, "
+                         "or a .npz with `labels`")
+    if args.dataset == "cifar10" or args.test:
+        with contextlib.redirect_stdout(sys.stderr):
+            test = load(args.test or args.dataset, args.data_dir, "test", args.image_size)
+        if test.classes != train.classes or test.images.shape[1:] != train.images.shape[1:]:
+            raise InputError(f"{args.test} has other classes or another image size than {args.dataset}")
+        return train.images, train.labels, test.images, test.labels, train.classes
+    order = torch.randperm(len(train.images), generator=torch.Generator().manual_seed(args.seed))
+    held, rest = order[: max(1, len(order) // 10)], order[max(1, len(order) // 10):]
+    if not len(rest):
+        raise InputError(f"{args.dataset} holds {len(order)} image(s), too few to train on and to hold some out")
+    return train.images[rest], train.labels[rest], train.images[held], train.labels[held], train.classes
+
+
+def train(args, device: torch.device) -> tuple[Classifier, dict]:
+    """Trains, writes both files, and gives the model with what the classifier file holds."""
+    images, labels, test_images, test_labels, classes = training_data(args)
+    images, labels = images.to(device), labels.to(device)
+    torch.manual_seed(args.seed)
+    n, size = len(images), images.shape[-1]
+    config = {"num_classes": len(classes), "image_size": size, "width": args.width}
+    model = Classifier(**config).to(device)
+    steps = args.steps or max(1, args.epochs * n // args.batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
+    decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, steps) if steps > 1 else None
+    g = torch.Generator().manual_seed(args.seed)  # of the augmentation
+    pad = max(1, size // 16)
+    start, loss_mean = time.time(), None
+    for step in range(steps):
+        i = batch_indices(n, step, args.batch_size, args.seed, device)
+        x, y = images[i], labels[i]
+        if not args.no_flip and torch.rand((), generator=g) < 0.5:
+            x = x.flip(3)
+        dy, dx = torch.randint(2 * pad + 1, (2,), generator=g).tolist()  # one small shift for the whole batch
+        x = F.pad(x.float(), (pad,) * 4, mode="replicate")[:, :, dy:dy + size, dx:dx + images.shape[3]]
+        model.train()
+        loss = F.cross_entropy(model(x), y, label_smoothing=0.05)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if decay:
+            decay.step()
+        loss_mean = loss.item() if loss_mean is None else 0.98 * loss_mean + 0.02 * loss.item()
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            print(f"step {step + 1:,} of {steps:,}  loss {loss_mean:.3f}  {time.time() - start:.0f} s",
+                  file=sys.stderr)
+
+    predicted = predict(model, lambda i, j: test_images[i:j], len(test_images), device)
+    accuracy = (predicted == test_labels).double().mean().item()
+    state = {"config": config, "classes": classes, "dataset": args.dataset, "accuracy": accuracy,
+             "n_test": len(test_images), "model": {k: v.cpu() for k, v in model.state_dict().items()}}
+    write_then_rename(args.out, lambda file: torch.save(state, file))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # newer torch versions call TorchScript old; it is what loads everywhere
+        scripted = torch.jit.trace(Features(model.cpu().eval()), images[:2].cpu())
+        write_then_rename(features_file(args.out), lambda file: torch.jit.save(scripted, file))
+    return model.to(device), state
+
+
+def features_file(out: Path) -> Path:
+    return out.with_name(out.stem + ".features" + (out.suffix or ".pt"))
+
+
+def load_classifier(path: str, device: torch.device) -> tuple[Classifier, dict]:
+    """Reads the classifier file (tensors and plain values alone: it cannot run code)."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own remark when it is handed the .features.pt file
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        model = Classifier(**state["config"])
+        model.load_state_dict(state["model"])
+    except FileNotFoundError:
+        raise InputError(f"no classifier {path}; train one with --dataset ... --out {path}") from None
+    except Exception as error:  # whatever else a foreign file makes of itself
+        raise InputError(f"{path} is not a classifier that this script wrote ({type(error).__name__}); give the file "
+                         "named by --out, not the .features.pt beside it") from None
+    return model.to(device), state
+
+
+def judge(model: Classifier, state: dict, args, device: torch.device) -> dict:
+    """The share of generated images recognised as their class, over all and per class."""
+    source = open_source(args.generated, args.data_dir)
+    size, wanted = source.read(0, 1).shape[-1], state["config"]["image_size"]
+    if size != wanted:
+        raise InputError(f"{args.generated} has images {size} pixels wide, the classifier was trained on {wanted}")
+    if source.labels is None:
+        raise InputError(f"{args.generated} does not say which class each image should be: give a .npz with `labels`, "
+                         "or a folder with a folder per class")
+    # class folders are matched by name; numbers, as a .npz has them, are class indices
+    index = {name: i for i, name in enumerate(state["classes"])} | {str(i): i for i in range(len(state["classes"]))}
+    used = sorted(set(source.labels.tolist()))
+    unknown = [source.classes[i] for i in used if source.classes[i] not in index]
+    if unknown:
+        raise InputError(f"{args.generated} has the class {unknown[0]!r}; the classifier knows "
+                         f"{', '.join(state['classes'])} (or 0 to {len(state['classes']) - 1})")
+    to_index = torch.tensor([index.get(name, -1) for name in source.classes])
+    labels = to_index[source.labels]
+    predicted = predict(model, source.read, len(source), device)
+    per_class = []
+    for i, name in enumerate(state["classes"]):
+        mine, taken = predicted[labels == i], predicted == i
+        wrong = torch.bincount(mine[mine != i], minlength=len(state["classes"]))
+        per_class.append({
+            "class": name, "n": len(mine),
+            "recognised": (mine == i).double().mean().item() if len(mine) else None,
+            "taken_for_it": taken.sum().item(),
+            "most_often_taken_for": state["classes"][wrong.argmax()] if wrong.sum() else None})
+    return {"recognised": (predicted == labels).double().mean().item(), "n_generated": len(labels),
+            "per_class": per_class}
+
+
+def main():
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--dataset", default="shapes", help="shapes, cifar10, or a folder of class folders, a .zip of one, or a .npz "
+        "with images and labels (default: shapes)")
+    add("--test", help="with a PATH dataset: where the held-out images are (default: a random tenth of --dataset)")
+    add("--data-dir", default="data", help="where datasets and caches live (default: data)")
+    add("--image-size", type=positive_int, help="shapes: the size to draw (default 16); a PATH dataset: crop to the "
+        "central square and resize to this")
+    add("--num", type=positive_int, default=20_000, help="shapes: how many to draw for training (default: 20000)")
+    add("--seed", type=int, default=1234, help="of the drawn shapes, the weights and the order; the generative "
+        "model is trained on shapes of seed 0, so keep another (default: 1234)")
+    add("--epochs", type=positive_int, default=6, help="passes over the training images (default: 6)")
+    add("--steps", type=positive_int, help="train for this many batches instead of --epochs")
+    add("--batch-size", type=positive_int, default=128, help="images per step (default: 128)")
+    add("--width", type=positive_int, default=32, help="channels of the first convolution; the features have up to "
+        "4 times as many (default: 32)")
+    add("--lr", type=float, default=4e-3, help="the highest learning rate of the one-cycle schedule (default: 0.004)")
+    add("--no-flip", action="store_true", help="no left-right flips; for images such as digits, whose mirror image "
+        "is another class")
+    add("--out", type=Path, default=Path("classifier.pt"), help="where training writes the classifier; "
+        "NAME.features.pt beside it is the TorchScript file for fid.py --features. TorchScript is code: open such "
+        "files only from people you trust (default: classifier.pt)")
+    add("--classifier", metavar="FILE", help="do not train; read a classifier that an earlier call wrote with --out")
+    add("--generated", metavar="PATH", help="images to judge: a .npz with `images` (or `arr_0`) and `labels`, or a "
+        "folder with a folder per class, named by the class or its number")
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+    add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+    args = parser.parse_args()
+    if args.classifier and not args.generated:
+        raise InputError("--classifier alone has nothing to do; add --generated PATH to judge images with it")
+    if args.generated:
+        open_source(args.generated, args.data_dir)  # a wrong path is said before minutes of training, not after
+    device = pick_device(args.device)
+    model, state = load_classifier(args.classifier, device) if args.classifier else train(args, device)
+    result = {"dataset": state["dataset"], "held_out_accuracy": state["accuracy"], "n_held_out": state["n_test"],
+              "classifier": str(args.classifier or args.out),
+              "features": None if args.classifier else str(features_file(args.out)),
+              "recognised": None, "n_generated": None, "per_class": None}
+    if args.generated:
+        result |= judge(model, state, args, device)
+    if args.json:
+        print(json.dumps(result))
+        return
+    print(f"{state['dataset']}: {100 * state['accuracy']:.1f} % of {state['n_test']:,} held-out images recognised")
+    if not args.classifier:
+        print(f"wrote {args.out} and {features_file(args.out)}")
+    if args.generated:
+        print(f"\n{'class':<14} {'n':>6} {'recognised':>11}   {'most often taken for'}")
+        for row in result["per_class"]:
+            share = "-" if row["recognised"] is None else f"{100 * row['recognised']:.1f} %"
+            print(f"{row['class']:<14} {row['n']:>6} {share:>11}   {row['most_often_taken_for'] or ''}")
+        print(f"{'all':<14} {result['n_generated']:>6} {100 * result['recognised']:>9.1f} %")
+
+
+if __name__ == "__main__":
+    run_script(main)
