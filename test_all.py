@@ -1146,7 +1146,7 @@ class Attack:
 
 def test_a_malicious_checkpoint_is_refused_unopened(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for write in (lambda f: torch.save({"config": Attack()}, f), lambda f: pickle.dump(Attack(), f)):
+    for write in (lambda f: torch.save({"config": Attack()}, f), lambda f: pickle.dump(Attack(), f, protocol=2)):
         with open("model.pt", "wb") as file:
             write(file)
         refuses(sample, "--run", tmp_path, says="model.pt cannot be loaded")
@@ -1190,7 +1190,8 @@ def test_sample_script_refuses_files_that_are_no_runs(run, tmp_path, monkeypatch
 # train.py
 
 # small enough for a test: 8 x 8 images, batch 4; the final picture is not drawn but for its file
-QUICK = ["--dataset", "shapes", "--image-size", "8", "--batch-size", "4", "--log-every", "5", "--device", "cpu"]
+QUICK = ["--dataset", "shapes", "--image-size", "8", "--batch-size", "4", "--log-every", "5", "--curriculum-share", "0.4",
+         "--device", "cpu"]
 
 
 def quick_training(*arguments):
