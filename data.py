@@ -430,9 +430,13 @@ class Dataset:
 
 def load(name: str, data_dir: str = "data", split: str = "train", image_size: int | None = None,
          num: int = 20_000, seed: int = 0) -> Dataset:
-    """Reads a whole source (`open_source`, same arguments and errors) into memory. Image files are
-    decoded once: the tensor is kept in `data_dir`/cache under a hash of names, sizes and times."""
-    source = open_source(name, data_dir, split, image_size, num, seed)
+    """A whole source (`open_source`, same arguments and errors) in memory."""
+    return decode(open_source(name, data_dir, split, image_size, num, seed), data_dir)
+
+
+def decode(source: Source, data_dir: str = "data") -> Dataset:
+    """Reads all images of a source. Image files are decoded once: the tensor is kept in `data_dir`/cache
+    under a hash of names, sizes and times. Raises InputError for a broken image."""
     labels = torch.zeros(len(source), dtype=torch.int64) if source.labels is None else source.labels
     cache = Path(data_dir) / "cache" / f"{source.cache_key}.npy"
     if source.cache_key and cache.exists():

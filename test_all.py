@@ -1353,11 +1353,11 @@ def test_images_without_classes_train_with_the_no_class_label(folder, tmp_path):
 
 def test_the_papers_settings():
     """NA-LR D.1 are the defaults of --dataset cifar10."""
-    s = train.choose_settings({"dataset": "cifar10"}, "iso-compute")
+    s = train.choose_settings({"dataset": "cifar10"})
     expected = dict(model="DiT-S/2", steps=800_000, batch_size=128, lr=1e-4, warmup=3000, ema_decay=0.9999,
-                    label_dropout=0.1, guidance=2.0, flip=True, curriculum_groups=10)
+                    label_dropout=0.1, guidance=2.0, flip=True, curriculum_groups=10, curriculum_share=0.4)
     assert {name: s[name] for name in expected} == expected
-    assert train.choose_settings({"dataset": "cifar10"}, "static")["curriculum_groups"] == 0
+    assert train.choose_settings({"dataset": "cifar10", "method": "static"})["curriculum_groups"] == 0
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path):

@@ -26,8 +26,8 @@ import torch
 
 import flops
 from curriculum import Curriculum, cluster_timesteps
-from data import (DATASETS, InputError, Parser, batch_indices, duration, end_progress, load, pick_device, positive_int,
-                  read_checkpoint, run_script, show_progress, to_unit, write_then_rename)
+from data import (DATASETS, InputError, Parser, batch_indices, decode, duration, end_progress, open_source, pick_device,
+                  positive_int, read_checkpoint, run_script, show_progress, to_unit, write_then_rename)
 from lowrank import orthogonality_penalty, widths
 from model import Config, DiT, add_model_flags, config_from_flags, parameter_count, rank_summary
 from sample import draw_images, grid_columns, newest_run, save_grid
@@ -43,8 +43,7 @@ TINY = PAPER | dict(steps=3000, batch_size=64, lr=2e-3, warmup=100, ema_decay=0.
                     log_every=20, save_every=500)
 
 # What a resumed run may be told anew. Everything else would make it another run.
-MAY_CHANGE = {"steps", "lr", "data_dir", "device", "dtype", "compile", "log_every", "save_every", "sample_every",
-              "guidance"}
+MAY_CHANGE = {"steps", "lr", "data_dir", "device", "dtype", "compile", "save_every", "sample_every", "guidance"}
 
 
 def parse_arguments():
@@ -90,14 +89,16 @@ def parse_arguments():
     return parser, parser.parse_args()
 
 
-def choose_settings(given: dict, method: str) -> dict:
-    """Every setting of a new run: the defaults of its model, overlaid with what was given."""
-    settings = dict(dataset="shapes", data_dir="data", image_size=None, flip=True, orthogonality=1e-4,
-                    curriculum_groups=10 if method.startswith("iso") else 0, seed=0,
-                    device="auto", dtype=None, compile=False)
-    settings["model"] = given.get("model") or ("tiny" if given.get("dataset", "shapes") == "shapes" else "DiT-S/2")
-    settings |= TINY if settings["model"] == "tiny" else PAPER
-    return settings | given
+def choose_settings(given: dict) -> dict:
+    """All settings of the training: `given`, and defaults that depend on its dataset, model and method.
+    The settings of the model are kept apart, in Config."""
+    dataset = given.get("dataset", "shapes")
+    model = given.get("model", "tiny" if dataset == "shapes" else "DiT-S/2")
+    adaptive = given.get("method", "iso-compute").startswith("iso")
+    defaults = dict(dataset=dataset, data_dir="data", image_size=None, model=model, flip=True, orthogonality=1e-4,
+                    curriculum_groups=10 if adaptive else 0, seed=0, device="auto", dtype=None, compile=False)
+    defaults |= TINY if model == "tiny" else PAPER
+    return {name: given.get(name, default) for name, default in defaults.items()}
 
 
 def check_settings(s: dict) -> None:
@@ -162,11 +163,16 @@ def new_folder(s: dict, config: Config) -> Path:
 
 
 def keep_metrics(path: Path, step: int) -> None:
-    """Drops the lines of metrics.jsonl after `step`, which a resumed run will write again, and a last
-    line that a kill has cut off."""
+    """Drops the lines of metrics.jsonl after `step`, which a resumed run will write again, and any that
+    a kill has cut off."""
+    def is_kept(line: bytes) -> bool:
+        try:
+            return line.endswith(b"\n") and json.loads(line)["step"] <= step
+        except (ValueError, KeyError, TypeError):
+            return False
+
     if path.exists():
-        lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        kept = [line for line in path.read_bytes().splitlines(keepends=True) if is_kept(line)]
         write_then_rename(path, lambda file: file.writelines(kept))
 
 
@@ -178,7 +184,7 @@ def main():
     parser, args = parse_arguments()
     given = {k: v for k, v in vars(args).items() if v is not None and k not in ("out", "resume")}
     folder, saved = open_run(args, given)
-    s = (saved["train"] | given) if saved else choose_settings(given, args.method or "iso-compute")
+    s = choose_settings((saved["model"] | saved["train"] | given) if saved else given)
     check_settings(s)
     device = pick_device(s["device"])
     dtype = getattr(torch, s["dtype"] or ("bfloat16" if device.type == "cuda" else "float32"))
@@ -186,18 +192,19 @@ def main():
         torch.set_float32_matmul_precision("high")  # TF32 for the few float32 products beside autocast
 
     # data and model
-    dataset = load(s["dataset"], s["data_dir"], image_size=s["image_size"], seed=s["seed"])
-    n_images, (height, width) = len(dataset.images), dataset.images.shape[2:]
+    source = open_source(s["dataset"], s["data_dir"], image_size=s["image_size"], seed=s["seed"])
+    n_images, (height, width) = len(source), source.read(0, 1).shape[2:]
     if height != width:
-        raise InputError(f"{dataset.name} has images of {width}x{height} pixels; --image-size N crops them to squares")
+        raise InputError(f"{source.name} has images of {width}x{height} pixels; --image-size N crops them to squares")
     try:
-        facts = dict(image_size=height, num_classes=len(dataset.classes))
+        facts = dict(image_size=height, num_classes=len(source.classes))
         config = Config(**saved["model"]) if saved else config_from_flags(args, s["model"], **facts)
     except ValueError as error:
         parser.error(str(error))
-    if config.num_classes < len(dataset.classes) or config.image_size != height:
-        raise InputError(f"{dataset.name} has {len(dataset.classes)} classes of {height}x{width} images, the model "
+    if config.num_classes < len(source.classes) or config.image_size != height:
+        raise InputError(f"{source.name} has {len(source.classes)} classes of {height}x{width} images, the model "
                          f"{config.num_classes} classes of {config.image_size}x{config.image_size}")
+    dataset = decode(source, s["data_dir"])
     torch.manual_seed(s["seed"])
     model = DiT(config, initialise=not saved or not (folder / "state.pt").exists()).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -243,8 +250,9 @@ def main():
     if folder is None:
         folder = new_folder(s, config)
     (folder / "samples").mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".*.tmp"):  # of a write that a kill cut off
-        leftover.unlink()
+    if saved:
+        for leftover in folder.glob(".*.tmp"):  # of a write that a kill cut off
+            leftover.unlink()
     config_json = json.dumps({"dataset": dataset.name, "model": asdict(config), "train": s}, indent=2)
     write_then_rename(folder / "config.json", lambda file: file.write(config_json.encode()))
     keep_metrics(folder / "metrics.jsonl", step)
@@ -280,7 +288,7 @@ def main():
         if not (all(finite) and torch.isfinite(losses[:pending]).all()):
             raise not_finite(step)
         state = dict(step=step, model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-                     curriculum=curriculum.state_dict(), spent=spent, losses=losses[:pending].cpu(),
+                     curriculum=curriculum.state_dict(), spent=spent, losses=losses[:pending].clone(),
                      timesteps=timesteps[:pending].clone(), host_rng=host_rng.get_state(),
                      device_rng=device_rng.get_state(), device=device.type)
         write_then_rename(folder / "state.pt", lambda file: torch.save(state, file))
