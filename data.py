@@ -16,6 +16,7 @@ import io
 import json
 import math
 import os
+import shutil
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,7 @@ from typing import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # ----------------------------------------------------------------------------------------------------
 # What a person types or supplies
@@ -38,8 +39,8 @@ class InputError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a wrong flag costs one line instead of the whole usage text, and `--help` shows
-    defaults and keeps the line breaks of the description."""
+    """argparse, but a wrong flag costs one line instead of the whole usage text, and `--help` keeps the
+    line breaks of the description."""
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
@@ -50,15 +51,15 @@ class Parser(argparse.ArgumentParser):
 
 def positive_int(text: str) -> int:
     """argparse type: a whole number of at least 1."""
-    value = int(text)
+    value = int(text) if text.lstrip("-").isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return value
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's main(): an `InputError` ends in one line on stderr and exit status 2, Ctrl-C in
-    130. Anything else is a bug of ours and keeps its traceback."""
+    """Runs a script's main(): an `InputError`, or what the file system refuses, ends in one line on stderr
+    and exit status 2, Ctrl-C in 130. Anything else is a bug of ours and keeps its traceback."""
     try:
         main()
     except InputError as error:
@@ -70,6 +71,9 @@ def run_script(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # `... | head` closed our output: nothing to say, and nobody to say it to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:  # a folder that is a file, a full disk, a missing permission: it names the path
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def pick_device(name: str) -> torch.device:
@@ -105,7 +109,7 @@ def read_checkpoint(path: Path, keys: tuple[str, ...]) -> dict:
     Raises InputError if the file is missing, damaged, not ours, or wants to run code."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path} does not exist; give the folder of a run that train.py has written") from None
     except Exception as error:  # a foreign file can fail in any way inside the unpickler
         reason = str(error).strip().split("\n")[0] or type(error).__name__
@@ -120,7 +124,8 @@ def read_checkpoint(path: Path, keys: tuple[str, ...]) -> dict:
 def show_progress(line: str) -> None:
     """One line of progress on stdout: rewritten in place in a terminal, a line of its own in a file."""
     if sys.stdout.isatty():
-        print(f"\r\033[K{line}", end="", flush=True)
+        width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be rewritten
+        print(f"\r\033[K{line[:width]}", end="", flush=True)
     else:
         print(line, flush=True)
 
@@ -256,18 +261,18 @@ def open_source(name: str, data_dir: str = "data", split: str = "train", image_s
 
     image_size: for shapes the size to draw (default 16); for files, each image is cropped to its
                 central square and resized to this
-    num, seed:  for shapes alone: how many to draw, and from which seed (split 'test': the next seed)
+    num, seed:  for shapes alone: how many to draw, and from which seed (split 'test' has seeds of its own)
     Raises InputError for anything that cannot be read.
     """
     if name == "shapes":
-        images, labels = draw_shapes(num, image_size or 16, seed + (split == "test"))
-        return _from_arrays(f"shapes (seed {seed + (split == 'test')})", images, labels, list(SHAPES))
+        images, labels = draw_shapes(num, image_size or 16, seed + 2**40 * (split == "test"))
+        return _from_arrays(f"shapes {split} (seed {seed})", images, labels, list(SHAPES))
     if name == "cifar10":
         return _cifar10(Path(data_dir), split, image_size)
     if name == "celeba":
         return _celeba(Path(data_dir), split, image_size)
     path = Path(name)
-    if not path.exists():
+    if not name or not path.exists():
         raise InputError(f"no dataset {name!r}: give {', '.join(DATASETS)}, or the path of a folder, a .zip or a .npz")
     if path.is_dir():
         # sorted: the order of the images, and with it every run, must not depend on the file system
@@ -278,7 +283,10 @@ def open_source(name: str, data_dir: str = "data", split: str = "train", image_s
     if path.suffix.lower() == ".npz":
         return _npz(path, image_size)
     if zipfile.is_zipfile(path):
-        archive = zipfile.ZipFile(path)
+        try:
+            archive = zipfile.ZipFile(path)
+        except zipfile.BadZipFile as error:
+            raise InputError(f"{path} is a damaged ZIP archive ({error})") from None
         infos = sorted((i for i in archive.infolist() if i.filename.lower().endswith(IMAGE_ENDINGS)),
                        key=lambda i: i.filename)
         return _from_files(path, [i.filename for i in infos], archive.open, [(i.file_size, i.CRC) for i in infos],
@@ -303,7 +311,10 @@ def _from_files(path: Path, names: list[str], open_file, stamps: list, size: int
     while all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1:
         parts = [p[1:] for p in parts]
     classes, labels = [], None
-    if labelled and all(len(p) > 1 for p in parts):
+    if labelled and len({len(p) > 1 for p in parts}) == 2:
+        stray = next(n for n, p in zip(names, parts) if len(p) == 1)
+        raise InputError(f"{path}: {stray} lies beside class folders; move it into one, or all images into one folder")
+    if labelled and len(parts[0]) > 1:
         classes = sorted({p[0] for p in parts})
         index = {c: i for i, c in enumerate(classes)}
         labels = torch.tensor([index[p[0]] for p in parts])
@@ -311,9 +322,12 @@ def _from_files(path: Path, names: list[str], open_file, stamps: list, size: int
     def decode(i: int) -> np.ndarray:
         try:
             with open_file(names[i]) as file, Image.open(io.BytesIO(file.read())) as image:
-                image = image.convert("RGB")
+                if image.mode[0] in "IF":  # Pillow would clip 16 bits to 8
+                    raise ValueError(f"it has pixels of mode {image.mode}, 8 bits per channel are needed")
+                image = ImageOps.exif_transpose(image).convert("RGB")
         except Exception as error:  # whatever a decoder makes of foreign bytes, the answer is the same
-            raise InputError(f"{path}: {names[i]} is not a readable image ({error}); repair or remove it") from None
+            reason = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
+            raise InputError(f"{path}: {names[i]} is not a readable image{reason}; repair or remove it") from None
         if crop or size:
             side = min(crop or min(image.size), *image.size)
             left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -346,8 +360,8 @@ def _npz(path: Path, image_size: int | None) -> Source:
             if key is None:
                 raise InputError(f"{path} holds {', '.join(file.files) or 'nothing'}; "
                                  "expected `images` or `arr_0`, uint8 (N, H, W, 3)")
-            images = file[key]
-            labels = file["labels"] if "labels" in file.files else None
+            images = np.asarray(file[key])
+            labels = np.asarray(file["labels"]) if "labels" in file.files else None
     except InputError:
         raise
     except Exception as error:  # truncated archives, pickled objects, foreign bytes
@@ -359,8 +373,10 @@ def _npz(path: Path, image_size: int | None) -> Source:
                          "leave --image-size out")
     classes = []
     if labels is not None:
-        if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
-            raise InputError(f"{path}: `labels` is {labels.dtype} {labels.shape}; expected {len(images)} integers >= 0")
+        if (labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0
+                or labels.max() >= 10_000):
+            raise InputError(f"{path}: `labels` is {labels.dtype} {labels.shape}; expected {len(images)} class numbers "
+                             "from 0 to at most 9,999")
         classes = [str(c) for c in range(int(labels.max()) + 1)]
         labels = torch.from_numpy(labels.astype(np.int64))
     return _from_arrays(str(path), torch.from_numpy(images).permute(0, 3, 1, 2), labels, classes)
@@ -378,10 +394,12 @@ def _cifar10(data_dir: Path, split: str, image_size: int | None) -> Source:
     archive = data_dir / CIFAR10.filename
     if not (data_dir / CIFAR10.base_folder).is_dir():
         if not archive.exists():
+            part = archive.with_name(archive.name + ".part")  # an interrupted download must not pass for the file
             try:
-                download_url(CIFAR10.url, str(data_dir), CIFAR10.filename)
+                download_url(CIFAR10.url, str(data_dir), part.name)
+                os.replace(part, archive)
             except Exception as error:  # no network, a proxy's refusal, a full disk
-                archive.unlink(missing_ok=True)
+                part.unlink(missing_ok=True)
                 raise InputError(f"cannot download CIFAR-10 ({error}); put {CIFAR10.filename} into {data_dir}/, or use "
                                  "--dataset PATH with a folder of class folders, a .zip or a .npz") from None
         check_sha256(archive, CIFAR10_SHA256)
@@ -389,7 +407,7 @@ def _cifar10(data_dir: Path, split: str, image_size: int | None) -> Source:
         # with the archive in place `download` only unpacks it; the batch files are pickles, and
         # torchvision checks the hash of each before it opens one
         data = CIFAR10(str(data_dir), train=split == "train", download=archive.exists())
-    except RuntimeError:
+    except (RuntimeError, OSError):
         raise InputError(f"{data_dir / CIFAR10.base_folder} is incomplete; delete it and put "
                          f"{CIFAR10.filename} into {data_dir}/") from None
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2)
@@ -442,7 +460,7 @@ def decode(source: Source, data_dir: str = "data") -> Dataset:
     if source.cache_key and cache.exists():
         try:
             return Dataset(source.name, torch.from_numpy(np.load(cache, allow_pickle=False)), labels, source.classes)
-        except (ValueError, OSError):
+        except (ValueError, OSError, EOFError):
             pass  # a damaged cache is only a reason to decode again
     parts = []
     for i in range(0, len(source), 4096):

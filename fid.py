@@ -5,9 +5,10 @@
     python fid.py samples.npz shapes --features shapes_clf.features.pt
 
 Each side is a dataset name, a folder, a ZIP, a .npz of images, or a .npz of statistics. Both go through
-the same network once, image by image, and only sums are kept. The default network is the Inception of
-2015 that every published FID uses; with --features FILE (experiments/classifier.py trains one) the same
-distance in other features is called `frechet_distance`, never FID.
+the same network once, batch by batch, and only sums are kept (and the features of at most --pr-num
+images, for precision and recall). The default network is the Inception of 2015 that every published FID
+uses; with --features FILE (experiments/classifier.py trains one) the same distance in other features is
+called `frechet_distance`, never FID.
 
 Figures compare only between runs with the same number of images, the same reference and the same
 resizing. Ours is pytorch-fid's (bilinear, half-pixel centres); the TensorFlow graph of the ADM suite
@@ -22,10 +23,11 @@ import hashlib
 import json
 import logging
 import sys
+import tempfile
 import time
 import warnings
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable
 
@@ -34,7 +36,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from scipy.linalg.lapack import dpstrf
-from torchvision.models.inception import BasicConv2d, InceptionA, InceptionB, InceptionC, InceptionD, InceptionE
+from torchvision.models import Inception3
 
 from data import (InputError, Parser, Source, check_sha256, duration, end_progress, open_source, pick_device,
                   positive_int, run_script, show_progress, write_then_rename)
@@ -48,7 +50,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
 
         |mu1 - mu2|^2 + tr sigma1 + tr sigma2 - 2 tr (sigma1 sigma2)^(1/2)
 
-    mu (D,), sigma (D, D) symmetric, arrays or tensors; computed in float64. Covariances may be rank
+    mu (D,), sigma (D, D) symmetric, arrays or CPU tensors; computed in float64. Covariances may be rank
     deficient, as they are with fewer images than dimensions. Raises InputError if shapes do not match.
 
     The last trace needs no matrix square root. Write sigma1 = C C^T; then sigma1 sigma2 and the symmetric
@@ -153,18 +155,16 @@ def precision_recall(real: torch.Tensor, generated: torch.Tensor, k: int = K) ->
 
 
 def _reporting(batches, what: str, unit: str):
-    """Yields the batches; every ten seconds a line on stderr says how far it is and how long it will take."""
+    """Yields the batches; every ten seconds a line says how far it is and how long it will take."""
     start = last = time.time()
     for done, batch in enumerate(batches):
         if time.time() - last > 10:
             last = time.time()
             left = (last - start) / done * (len(batches) - done)
-            with contextlib.redirect_stdout(sys.stderr):
-                show_progress(f"{what}: {done:,} of {len(batches):,} {unit}, {duration(left)} left")
+            show_progress(f"{what}: {done:,} of {len(batches):,} {unit}, {duration(left)} left")
         yield batch
     if last > start:
-        with contextlib.redirect_stdout(sys.stderr):
-            end_progress()
+        end_progress()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -187,32 +187,14 @@ _average = functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, c
 _maximum = functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
 
 
-class Inception(nn.Module):
-    """Inception-v3 as the TensorFlow graph inception-2015-12-05 has it, with torchvision's blocks and names.
-
-    It differs from torchvision's network in its poolings: averages leave the padding out, and the last block
-    takes the maximum (which looks like a slip of 2015, but belongs to what FID means). 1,008 classes.
+class Inception(Inception3):
+    """Inception-v3 as the TensorFlow graph inception-2015-12-05 has it: torchvision's layers with other
+    poolings. Averages leave the padding out, and the last block takes the maximum (which looks like a
+    slip of 2015, but belongs to what FID means). 1,008 classes.
     """
 
     def __init__(self):
-        super().__init__()
-        self.Conv2d_1a_3x3 = BasicConv2d(3, 32, kernel_size=3, stride=2)
-        self.Conv2d_2a_3x3 = BasicConv2d(32, 32, kernel_size=3)
-        self.Conv2d_2b_3x3 = BasicConv2d(32, 64, kernel_size=3, padding=1)
-        self.Conv2d_3b_1x1 = BasicConv2d(64, 80, kernel_size=1)
-        self.Conv2d_4a_3x3 = BasicConv2d(80, 192, kernel_size=3)
-        self.Mixed_5b = InceptionA(192, pool_features=32)
-        self.Mixed_5c = InceptionA(256, pool_features=64)
-        self.Mixed_5d = InceptionA(288, pool_features=64)
-        self.Mixed_6a = InceptionB(288)
-        self.Mixed_6b = InceptionC(768, channels_7x7=128)
-        self.Mixed_6c = InceptionC(768, channels_7x7=160)
-        self.Mixed_6d = InceptionC(768, channels_7x7=160)
-        self.Mixed_6e = InceptionC(768, channels_7x7=192)
-        self.Mixed_7a = InceptionD(768)
-        self.Mixed_7b = InceptionE(1280)
-        self.Mixed_7c = InceptionE(2048)
-        self.fc = nn.Linear(2048, 1008)
+        super().__init__(num_classes=1008, aux_logits=False, init_weights=False)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """uint8 (N, 3, H, W) -> features (N, 2048), spatial features (N, 2023), logits (N, 1008), float32."""
@@ -258,30 +240,33 @@ def _hash_of(path: Path) -> str:
 def inception_extractor(path: Path | None = None) -> Extractor:
     """The Inception network; its weights come from `path`, or from torch's hub cache, fetched there once."""
     key = _hash_of(path) if path else INCEPTION_SHA256
-    published = key == INCEPTION_SHA256
-    if not published:
-        print(f"note: {path} does not hold the published weights: its distance is no FID", file=sys.stderr)
 
     def load(device: torch.device):
         file = path or Path(torch.hub.get_dir()) / "checkpoints" / Path(INCEPTION_URL).name
         if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                torch.hub.download_url_to_file(INCEPTION_URL, str(file), progress=sys.stderr.isatty())
-            except Exception as error:  # no network, a proxy's refusal, a full disk
+            try:  # elsewhere first: a failed download leaves nothing behind
+                with tempfile.TemporaryDirectory() as folder:
+                    fetched = Path(folder) / file.name
+                    torch.hub.download_url_to_file(INCEPTION_URL, str(fetched), INCEPTION_SHA256, sys.stderr.isatty())
+                    write_then_rename(file, lambda f: f.write(fetched.read_bytes()))
+            except Exception as error:  # no network, a proxy's refusal, another file than asked for, a full disk
                 raise InputError(f"cannot download {INCEPTION_URL} ({error}); put {file.name} into {file.parent}/, "
                                  "or name it with --inception FILE, or use other --features FILE") from None
-        if published:
+        if not path:
             check_sha256(file, INCEPTION_SHA256)
         net = Inception().eval()
         try:
-            net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's own remark on a TorchScript file
+                net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
         except Exception as error:  # a foreign file can fail in any way
             raise InputError(f"{file} does not hold the weights of the FID Inception network "
                              f"({str(error).splitlines()[0][:100]})") from None
         return net.to(device)
 
-    return Extractor(INCEPTION if published else f"{path.name} sha256:{key[:12]}", key, functools.cache(load))
+    # weights of your own are named by their file, and their distance is not called FID
+    name = INCEPTION if key == INCEPTION_SHA256 else f"{path.name} sha256:{key[:12]}"
+    return Extractor(name, key, functools.cache(load))
 
 
 def file_extractor(path: Path) -> Extractor:
@@ -308,10 +293,10 @@ def file_extractor(path: Path) -> Extractor:
             except Exception as error:  # it is a stranger's code
                 reason = (str(error).strip() or type(error).__name__).splitlines()[-1][:150]
                 raise InputError(f"--features {path} fails on uint8 images {tuple(images.shape)}: {reason}") from None
-            if not torch.is_tensor(features) or features.ndim != 2 or len(features) != len(images):
-                given = tuple(features.shape) if torch.is_tensor(features) else type(features).__name__
+            given = tuple(features.shape) if torch.is_tensor(features) else (type(features).__name__,)
+            if len(given) != 2 or given[0] != len(images) or given[1] < 1:
                 raise InputError(f"--features {path} gave {given} for images {tuple(images.shape)}; "
-                                 "expected one row of features per image, (N, D)")
+                                 "expected one row of features per image, (N, D), D >= 1")
             return features, None, None
 
         return run
@@ -325,17 +310,21 @@ def file_extractor(path: Path) -> Extractor:
 
 @dataclass
 class Side:
-    """What is known of one side; None for what is not. The first six are what a statistics file holds."""
+    """What is known of one side; None for what is not."""
     mu: np.ndarray  # (D,) float64
     sigma: np.ndarray  # (D, D) float64
-    mu_s: np.ndarray | None = None  # of the spatial features, for sFID
+    mu_s: np.ndarray | None = None  # (2023,) of the spatial features, for sFID
     sigma_s: np.ndarray | None = None
-    n: int | None = None
+    n: int | None = None  # how many images mu and sigma are of
     features: str | None = None  # name of the extractor
-    name: str = ""
-    size: str | None = None  # of the images, "32x32"
+    size: str | None = None  # of the images, width x height
     points: torch.Tensor | None = None  # (P, D) float32: the features for precision and recall
+    name: str = ""
     inception_score: float | None = None
+    notes: list[str] = field(default_factory=list)  # what to tell the person when all went well
+
+
+STATISTICS = ("mu", "sigma", "mu_s", "sigma_s", "n", "features")  # of Side; what a statistics file may hold
 
 
 def spread(n: int, num: int) -> torch.Tensor:
@@ -345,7 +334,7 @@ def spread(n: int, num: int) -> torch.Tensor:
     turns (shapes do) would alias with it; so at a random place in each stretch.
     """
     num = min(n, num)
-    first = torch.arange(num + 1) * n // num if num else torch.zeros(1, dtype=torch.int64)
+    first = torch.arange(num + 1) * n // max(num, 1)
     place = torch.rand(num, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return first[:-1] + (place * first.diff()).long()
 
@@ -353,13 +342,12 @@ def spread(n: int, num: int) -> torch.Tensor:
 @torch.inference_mode()
 def measure(source: Source, extractor: Extractor, device: torch.device, batch_size: int = 64, num: int | None = None,
             pr_num: int = 50_000) -> Side:
-    """Sends the images (all, or `num` evenly spaced ones) through the network once."""
+    """Sends the images (all, or `num` of them, see `spread`) through the network once."""
     indices = spread(len(source), num or len(source))
     n = len(indices)
     if n < 2:
-        raise InputError(f"{source.name}: 1 image has no covariance; give at least 2 (10,000 for a figure to trust)")
-    if n < len(source):
-        print(f"note: {source.name}: {n:,} of {len(source):,} images, evenly spaced", file=sys.stderr)
+        raise InputError(f"{source.name}: {n} of {len(source):,} images, and one image has no covariance; "
+                         "give at least 2 (10,000 for a figure to trust)")
     keep = torch.zeros(n, dtype=torch.bool)
     keep[spread(n, pr_num)] = True
     # ten consecutive tenths, as the ADM suite splits 50,000 images; if the images come sorted by class, a
@@ -372,35 +360,34 @@ def measure(source: Source, extractor: Extractor, device: torch.device, batch_si
     host = torch.device("cpu") if device.type == "mps" else device  # MPS knows no float64
     moments, spatial_moments, sums, points = Moments(), Moments(), torch.zeros(10, 1008 + 2).double(), []
     for positions in _reporting(torch.arange(n).split(batch_size), source.name, f"batches of {batch_size}"):
-        picked = indices[positions]
+        picked = indices[positions].tolist()
         if n == len(source):
-            images = source.read(int(picked[0]), int(picked[-1]) + 1)
+            images = source.read(picked[0], picked[-1] + 1)
         else:
-            images = torch.cat([source.read(int(i), int(i) + 1) for i in picked])
+            images = torch.cat([source.read(i, i + 1) for i in picked])
         features, spatial, logits = network(images.to(device))
-        if not features.isfinite().all():
-            bad = int(picked[(~features.isfinite().all(1)).cpu()][0])
-            raise InputError(f"{source.name}: features of image {bad} (counted from 0) are not finite; "
-                             f"the network {extractor.name} is broken or numerically unstable")
-        moments.add(features.to(host))
-        points.append(features[keep[positions].to(device)].float().cpu())
+        features = features.to(host)
+        finite = features.isfinite().all(1).tolist()
+        if not all(finite):
+            raise InputError(f"{source.name}: features of image {picked[finite.index(False)]} (counted from 0) are not "
+                             f"finite; the network {extractor.name} is broken or numerically unstable")
+        moments.add(features)
+        points.append(features.cpu()[keep[positions]].float())
         if spatial is not None:
             spatial_moments.add(spatial.to(host))
             p = logits.cpu().double().softmax(1)
             p_log_p = -torch.special.entr(p).sum(1, keepdim=True)
             sums.index_add_(0, split[positions], torch.cat([p, p_log_p, torch.ones_like(p_log_p)], 1))
-    return Side(*moments.result(), *(spatial_moments.result() if spatial is not None else (None, None)), n,
-                extractor.name, source.name, f"{images.shape[3]}x{images.shape[2]}",
-                torch.cat(points) if pr_num else None, None if logits is None else inception_score(sums))
+    mu_s, sigma_s = spatial_moments.result() if spatial_moments.n else (None, None)
+    score = inception_score(sums) if spatial_moments.n else None
+    return Side(*moments.result(), mu_s, sigma_s, n, extractor.name, f"{images.shape[3]}x{images.shape[2]}",
+                torch.cat(points) if pr_num else None, source.name, score)
 
 
-def save_statistics(path: Path, side: Side, points: bool = False) -> None:
+def save_statistics(path: Path, side: Side, *more: str) -> None:
     """Writes `mu`, `sigma`, `n`, `features`, for Inception `mu_s` and `sigma_s` (the names that EDM,
-    pytorch-fid and the ADM suite read), and with `points` all that the cache needs."""
-    arrays = {key: getattr(side, key) for key in ("mu", "sigma", "mu_s", "sigma_s", "n", "features")}
-    if points:
-        arrays |= {"name": side.name, "size": side.size, "points": None if side.points is None else side.points.numpy()}
-    arrays = {key: value for key, value in arrays.items() if value is not None}
+    pytorch-fid and the ADM suite read), and what else is named of Side."""
+    arrays = {key: getattr(side, key) for key in STATISTICS + more if getattr(side, key) is not None}
     write_then_rename(path, lambda file: np.savez(file, **arrays))
 
 
@@ -408,8 +395,10 @@ def read_statistics(path: Path) -> Side:
     """Reads what `save_statistics` wrote, or anyone else's `mu` and `sigma`. Raises InputError if damaged."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            found = {key: file[key] for key in Side.__dataclass_fields__ if key in file.files}
-        found |= {key: found[key].item() for key in ("n", "features", "name", "size") if key in found}
+            found = {key: file[key] for key in (*STATISTICS, "size", "points") if key in file.files}
+        for key, kind in (("n", int), ("features", str), ("size", str)):
+            if key in found:  # other tools may give these names to arrays
+                found[key] = kind(found[key].item()) if found[key].ndim == 0 else None
         if "points" in found:
             found["points"] = torch.from_numpy(found["points"])
         pairs = [(mu, "sigma" + mu[2:]) for mu in ("mu", "mu_s") if mu in found]
@@ -425,7 +414,7 @@ def read_statistics(path: Path) -> Side:
             raise InputError(f"{path}: `{mu}` or `{sigma}` holds NaN or infinite values; compute the statistics again")
         if np.abs(s - s.T).max() > 1e-4 * np.abs(s).max() or s.diagonal().min() < -1e-4 * np.abs(s).max():
             raise InputError(f"{path}: `{sigma}` is no covariance: it is not symmetric or has a negative variance")
-    return Side(**{"name": str(path)} | found)
+    return Side(**found, name=str(path))
 
 
 def _content_key(source: Source) -> str:
@@ -439,14 +428,6 @@ def _content_key(source: Source) -> str:
     return digest.hexdigest()
 
 
-def open_input(name: str, args) -> Side | Source:
-    """Statistics if the file holds `mu`, else images. Nothing is measured yet: a wrong path is said at once."""
-    with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(name) as archive:  # an .npz is a ZIP
-        if "mu.npy" in archive.namelist():
-            return read_statistics(Path(name))
-    return open_source(name, args.data_dir, args.split, args.image_size, args.num or 20_000)
-
-
 def measure_once(source: Source, extractor: Extractor, device: torch.device, batch_size: int, num: int | None,
                  pr_num: int, cache: Path) -> Side:
     """`measure`, or what it gave before for the same images and features: it is kept in the folder `cache`."""
@@ -454,14 +435,12 @@ def measure_once(source: Source, extractor: Extractor, device: torch.device, bat
     path = cache / f"fid-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
     if path.exists():
         with contextlib.suppress(InputError):  # a damaged cache is only a reason to measure again
-            side = read_statistics(path)
-            side.name, side.features = source.name, extractor.name  # the same content may have moved
-            return side
+            return replace(read_statistics(path), name=source.name, features=extractor.name)  # files get renamed
     side = measure(source, extractor, device, batch_size, num, pr_num)
     try:
-        save_statistics(path, side, points=True)
+        save_statistics(path, side, "size", "points")
     except OSError as error:
-        print(f"note: cannot keep the reference's statistics in {cache} ({error.strerror})", file=sys.stderr)
+        side.notes.append(f"note: cannot keep the reference's statistics in {cache} ({error.strerror})")
     return side
 
 
@@ -469,22 +448,37 @@ def measure_once(source: Source, extractor: Extractor, device: torch.device, bat
 # The script
 
 
-def compare(generated: Side, reference: Side, extractor: Extractor, device: torch.device) -> dict:
-    """The object that --json prints. Raises InputError if the sides come from different features."""
-    for side in (generated, reference):
-        if side.features and side.features.split()[-1] != extractor.name.split()[-1]:  # the hash: files get renamed
-            raise InputError(f"{side.name} holds statistics of the features {side.features}, not of {extractor.name}; "
+def open_input(name: str, extractor: Extractor, args) -> tuple[Side | None, Source | None]:
+    """What a path or dataset name holds: statistics, images, or both, as the ADM suite's reference files do
+    (statistics of a whole dataset, and some of its images). Nothing is measured yet: what is wrong with
+    a path is said at once."""
+    held, statistics, images = (), None, None
+    with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(name) as archive:  # an .npz is a ZIP
+        held = archive.namelist()
+    if "mu.npy" not in held or ("arr_0.npy" in held and (args.pr_num or args.features)):
+        images = open_source(name, args.data_dir, args.split, args.image_size, args.num or 20_000)
+    if not images or ("mu.npy" in held and not args.features):  # with both, the statistics are of Inception
+        statistics = read_statistics(Path(name))
+        # by the hash, which is the last word: files get renamed
+        if statistics.features and statistics.features.split()[-1] != extractor.name.split()[-1]:
+            raise InputError(f"{name} holds statistics of the features {statistics.features}, not of {extractor.name}; "
                              "name the features with --features, or measure the images again")
+        if extractor.name == INCEPTION and len(statistics.mu) != 2048:
+            raise InputError(f"{name} holds statistics of {len(statistics.mu):,} dimensions, Inception's have 2,048; "
+                             "give the file that made them with --features")
+    return statistics, images
+
+
+def compare(generated: Side, reference: Side, extractor: Extractor, device: torch.device) -> tuple[dict, list[str]]:
+    """The object that --json prints, and lines on what biases it. Raises InputError if the sides' features
+    have different dimensions."""
     if len(generated.mu) != len(reference.mu):
         raise InputError(f"{generated.name} has {len(generated.mu):,} features per image and {reference.name} has "
                          f"{len(reference.mu):,}; both sides must come from the same features")
-    is_fid = extractor.name == INCEPTION
-    if is_fid and len(generated.mu) != 2048:
-        raise InputError(f"the statistics have {len(generated.mu):,} dimensions, Inception's have 2,048; "
-                         "give the file that made them with --features")
+    notes = generated.notes + reference.notes
 
     def warn(line: str) -> None:
-        print(f"warning: {line}", file=sys.stderr)
+        notes.append(f"warning: {line}")
 
     for side in (generated, reference):
         if side.n is not None and side.n < 10_000:
@@ -492,35 +486,38 @@ def compare(generated: Side, reference: Side, extractor: Extractor, device: torc
                  "images, so compare it only with runs of the same number")
     if None not in (generated.size, reference.size) and generated.size != reference.size:
         warn(f"images of {generated.size} against {reference.size}: the difference in sharpness counts as distance")
-    points = generated.points, reference.points
     if None not in (generated.n, reference.n) and generated.n < reference.n / 2:
         warn(f"{generated.n:,} generated images against {reference.n:,}: compare only with runs of these numbers")
     precision = recall = None
-    if all(p is not None for p in points):
-        if len(points[0]) != len(points[1]):
-            warn(f"precision and recall of {len(points[0]):,} against {len(points[1]):,} images are not comparable "
-                 "with those of equal numbers; --pr-num or --num makes them equal")
-        if min(map(len, points)) > K:
+    if generated.points is not None and reference.points is not None:
+        sizes = len(generated.points), len(reference.points)
+        if sizes[0] != sizes[1]:
+            warn(f"precision and recall of {sizes[0]:,} against {sizes[1]:,} images are not comparable with those of "
+                 "equal numbers; --pr-num or --num makes them equal")
+        if min(sizes) > K:
             host = device if device.type == "cuda" else torch.device("cpu")
             precision, recall = precision_recall(reference.points.to(host), generated.points.to(host), K)
         else:
             warn(f"precision and recall need more than {K} images a side")
-    distance = frechet_distance(generated.mu, generated.sigma, reference.mu, reference.sigma)
+    is_fid = extractor.name == INCEPTION
     spatial = (generated.mu_s, generated.sigma_s, reference.mu_s, reference.sigma_s)
-    return {"fid" if is_fid else "frechet_distance": distance,
-            "sfid": frechet_distance(*spatial) if is_fid and all(a is not None for a in spatial) else None,
-            "inception_score": generated.inception_score if is_fid else None, "precision": precision, "recall": recall,
-            "n_generated": generated.n, "n_reference": reference.n, "features": extractor.name}
+    return {
+        "fid" if is_fid else "frechet_distance":
+            frechet_distance(generated.mu, generated.sigma, reference.mu, reference.sigma),
+        "sfid": frechet_distance(*spatial) if is_fid and all(a is not None for a in spatial) else None,
+        "inception_score": generated.inception_score if is_fid else None, "precision": precision, "recall": recall,
+        "n_generated": generated.n, "n_reference": reference.n, "features": extractor.name}, notes
 
 
 def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    what = "a folder, a .zip or a .npz of images, a .npz of statistics (mu, sigma), or shapes, cifar10, celeba"
+    what = ("a folder, a .zip or a .npz of images, a .npz of statistics (mu, sigma) or of both, or shapes, cifar10, "
+            "celeba")
     add("generated", metavar="GENERATED", help=what)
     add("reference", metavar="REFERENCE", help="the same kinds; what is measured of it is kept in DATA_DIR/cache")
-    add("--num", type=positive_int, help="measure at most this many images of each side, evenly spaced over it "
-        "(default: all; shapes: 20000)")
+    add("--num", type=positive_int, help="measure at most this many images of each side, one out of each of as "
+        "many equal stretches, always the same ones (default: all; shapes: 20000)")
     add("--features", type=Path, metavar="FILE", help="a TorchScript or torch.export (.pt2) module from uint8 "
         "(N,3,H,W) to features (N,D) instead of Inception. Such a file is code and runs: open it only if you trust "
         "its author")
@@ -544,16 +541,30 @@ def main():
     device = pick_device(args.device)
     torch.backends.cudnn.allow_tf32 = False  # 10-bit products would move the features in the third digit
     extractor = file_extractor(args.features) if args.features else inception_extractor(args.inception)
+    cache = Path(args.data_dir) / "cache"
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result alone
-        generated, reference = open_input(args.generated, args), open_input(args.reference, args)
-        how = extractor, device, args.batch_size, args.num, args.pr_num
-        if isinstance(generated, Source):
-            generated = measure(generated, *how)
-        if isinstance(reference, Source):
-            reference = measure_once(reference, *how, Path(args.data_dir) / "cache")
-        result = compare(generated, reference, extractor, device)
+        inputs = [open_input(name, extractor, args) for name in (args.generated, args.reference)]
+        sides = []
+        for (statistics, images), how in zip(inputs, (measure, functools.partial(measure_once, cache=cache))):
+            if images is None:
+                sides.append(statistics)
+                continue
+            side = how(images, extractor, device, args.batch_size, args.num, args.pr_num)
+            if side.n < len(images):
+                side.notes.append(f"note: {images.name}: {side.n:,} of {len(images):,} images, spread over all")
+            if statistics:  # of more images than these, which serve for precision, recall and Inception Score
+                side = replace(side, **{key: getattr(statistics, key) for key in STATISTICS})
+            sides.append(side)
+        generated, reference = sides
+        result, notes = compare(generated, reference, extractor, device)
     if args.save_stats:
-        save_statistics(args.save_stats, reference)
+        try:
+            save_statistics(args.save_stats, reference)
+        except OSError as error:
+            raise InputError(f"--save-stats {args.save_stats} cannot be written ({error.strerror}); "
+                             "give another path") from None
+    for line in notes:  # only now, so that bad input costs one line
+        print(line, file=sys.stderr)
     if args.json:
         print(json.dumps(result, allow_nan=False))
         return

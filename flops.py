@@ -30,33 +30,22 @@ from schedule import T, NoiseSchedule, sampling_timesteps
 
 @dataclass(frozen=True)
 class Convention:
-    """What is counted besides linear layers and the patch convolution. One FLOP is one multiply-add.
-
-    attention_products: q k^T and (attention) v
-    layer_norm:         operations per normalised element
-    unpatchify:         half an operation per output value, for moving it from its token to its pixel
-    embedder_0_again:   block 0's embedder runs a second time, for the final layer
-    pass_at_0:          a sampler of n steps evaluates the model at the final t = 0, too: n + 1 passes
-    exact_backward:     a layer whose input is data has no input gradient; else backward is 2 x forward
-    pixel_layers_in_training: the patch convolution and the last projection (tokens to pixels) count in
-                        training, too
-    """
-    attention_products: bool
-    layer_norm: int
-    unpatchify: bool
-    embedder_0_again: bool
-    pass_at_0: bool
-    exact_backward: bool
-    pixel_layers_in_training: bool
+    """What is counted besides linear layers and the patch convolution. One FLOP is one multiply-add."""
+    attention_products: bool  # q k^T and (attention) v
+    layer_norm: int  # operations per normalised element
+    unpatchify: bool  # half an operation per output value, for moving it from its token to its pixel
+    embedder_0_again: bool  # block 0's embedder runs a second time, for the final layer
+    pass_at_0: bool  # a sampler of n steps evaluates the model at the final t = 0, too: n + 1 passes
+    exact_backward: bool  # a layer whose input is data has no input gradient; else backward is 2 x forward
+    pixel_layers_in_training: bool  # the patch convolution and the last projection (tokens to pixels)
 
 
 # every matrix product and nothing elementwise: half of what torch.utils.flop_counter reports
 OURS = Convention(attention_products=True, layer_norm=0, unpatchify=False, embedder_0_again=False, pass_at_0=False,
                   exact_backward=True, pixel_layers_in_training=True)
 # Worked out from the printed figures, which it reproduces to the last digit. fvcore, the paper's counter
-# (D.2), has no rule for fused attention and does count layer norm and the einsum that un-patchifies. The
-# training figures need a little less than three forward passes: both pixel layers left out fit all three
-# (1.677, 1.281, 6.696), the patch convolution alone does not (1.678, 1.281, 6.697).
+# (D.2), has no rule for fused attention and does count layer norm and the einsum that un-patchifies. Of
+# training, both pixel layers left out fit all three figures; the patch convolution alone would give 1.678e18.
 PAPER = Convention(attention_products=False, layer_norm=4, unpatchify=True, embedder_0_again=True, pass_at_0=True,
                    exact_backward=False, pixel_layers_in_training=False)
 
@@ -205,14 +194,14 @@ PRINTED = (
 )
 
 NOTES = """
-Adaptive rows do not follow from the schedule that the paper states (rho_min 0.4, k 8, m 0.5, gamma 0.1): its ISO-Param
-  savings mean an average active rank of 0.80 r_max at 32x32 and 0.73 at 64x64, where that schedule averages 0.70, and its
-  ISO-Compute parameters mean r_max = 1.25 r_base, where that schedule needs 1.42. When its groups of timesteps came is
-  not printed either: here all come as late as curriculum.py allows, evenly over 40 % of the steps.
-Table 5 repeats figures of other rows: beside the FIDs of ISO-Param stand the GFLOPs and parameters of the static models
-  (with curriculum) and of ISO-Compute (NC).
-Table 7, compression: full-rank training, then 200,000 steps of a static student (three passes) with its full-rank teacher
-  (one). The printed sum is smaller and does not decode.
+Adaptive rows do not follow from the schedule that the paper states (rho_min 0.4, k 8, m 0.5, gamma 0.1): its
+  ISO-Param savings mean an average active rank of 0.80 r_max at 32x32 and 0.73 at 64x64, where that schedule
+  averages 0.70, and its ISO-Compute parameters mean r_max = 1.25 r_base, where that schedule needs 1.42. When
+  its groups of timesteps came is not printed: here all come as late as curriculum.py allows, over 40 % of the steps.
+Table 5 repeats figures of other rows: beside the FIDs of ISO-Param stand the GFLOPs and parameters of the static
+  models (with curriculum) and of ISO-Compute (NC).
+Table 7, compression: full-rank training, then 200,000 steps of a static student (three passes) with its full-rank
+  teacher (one). The printed sum is smaller and does not decode.
 Table 8 is called ImageNet-128 on latents; its full-rank row is DiT-B/2 on 32x32x3."""
 
 
@@ -260,8 +249,8 @@ def print_paper(rows: list[dict]) -> None:
             line += " " * 17 if theirs is None else f"{theirs / scale:10.{digits}f}{ours / theirs:7.3f}"
         print(line.rstrip())
     params, gflops = (rows[-1][key] / rows[0][key] for key in ("params", "gflops"))
-    print(NOTES)
-    print(f"B.4: {params:.1%} of the parameters and {gflops:.1%} of the FLOPs of full rank; the paper says 24% and 15%.")
+    print(f"{NOTES}\nB.4: {params:.1%} of the parameters and {gflops:.1%} of the FLOPs of full rank; "
+          "the paper says 24% and 15%.")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -273,29 +262,23 @@ def read_run(folder: Path) -> tuple[Config, dict, int, int]:
     path = folder / "config.json"
     try:
         saved = json.loads(path.read_bytes())
-        config, train = Config(**saved["model"]), saved["train"]
-        train = dict(steps=int(train["steps"]), batch_size=int(train["batch_size"]),
-                     orthogonality=float(train["orthogonality"]))
+        config, kinds = Config(**saved["model"]), dict(steps=int, batch_size=int, orthogonality=float)
+        train = {key: kind(saved["train"][key]) for key, kind in kinds.items()}
         path = folder / "metrics.jsonl"
-        lines, done = path.read_bytes().splitlines(), None
-        for i, text in enumerate(lines):
-            try:
-                line = json.loads(text)
-            except ValueError:
-                if i < len(lines) - 1:  # a kill can only have cut off the last one
-                    raise
-            else:
-                done = int(line["step"]), int(line["flops"])
+        complete = path.read_bytes().split(b"\n")[:-1]  # a kill may have cut off what follows the last newline
+        line = json.loads(complete[-1]) if complete else {"step": 0, "flops": 0}
+        done, spent = int(line["step"]), int(line["flops"])
     except OSError:
         raise InputError(f"cannot read {path}; give the folder of a run that train.py has written") from None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:  # OverflowError: int(Infinity)
         raise InputError(f"{path} is not as train.py writes it ({error!r})") from None
-    if done is None or done[0] < 1:
+    if min(done, spent) < 1:
         raise InputError(f"{path} has no complete line yet; wait until the run has logged its first steps")
-    return config, train, *done
+    return config, train, done, spent
 
 
-def compare(config: Config, steps: int, batch_size: int, penalty: bool, sampling_steps: int, training: int) -> list[dict]:
+def compare(config: Config, steps: int, batch_size: int, penalty: bool, sampling_steps: int,
+            training: int) -> list[dict]:
     """The model and what it is measured against: parameters, multiply-adds of a forward pass with all
     channels, of sampling an image without and with guidance (None if unconditional), of training for
     `steps` steps. `training` is that of the model itself, with its curriculum."""
@@ -316,19 +299,20 @@ def compare(config: Config, steps: int, batch_size: int, penalty: bool, sampling
 
 
 def amount(n: int | None) -> str:
-    """1.234 G and the like."""
+    """1.234 G and the like; - for None."""
     scale, unit = next(((s, u) for s, u in zip((1e18, 1e15, 1e12, 1e9, 1e6), "EPTGM") if (n or 0) >= s), (1e3, "k"))
     return "-" if n is None else f"{n / scale:.4g} {unit}"
 
 
 def print_comparison(rows: list[dict], steps: int, sampling_steps: int) -> None:
-    print(f"\n{'multiply-adds':15}{'parameters':>11}{'forward':>10}{f'{sampling_steps} steps':>12}{'saved':>8}{'guided':>10}"
-          f"{f'{steps:,} training steps':>26}{'saved':>8}")
+    print(f"\n{'multiply-adds':15}{'parameters':>11}{'forward':>10}{f'{sampling_steps} steps':>12}{'saved':>8}"
+          f"{'guided':>10}{f'{steps:,} training steps':>26}{'saved':>8}")
     for row in rows:
-        saved = [f"{row[key]:.1%}" if row is not rows[0] else "" for key in ("sampling_saved", "training_saved")]
         n = {key: amount(value) for key, value in row.items() if key != "name"}
-        print(f"{row['name']:15}{n['params']:>11}{n['forward']:>10}{n['sampling']:>12}{saved[0]:>8}"
-              f"{n['sampling_guided']:>10}{n['training']:>26}{saved[1]:>8}".rstrip())
+        for key in ("sampling_saved", "training_saved"):
+            n[key] = f"{row[key]:.1%}" if row is not rows[0] else ""
+        print(f"{row['name']:15}{n['params']:>11}{n['forward']:>10}{n['sampling']:>12}{n['sampling_saved']:>8}"
+              f"{n['sampling_guided']:>10}{n['training']:>26}{n['training_saved']:>8}".rstrip())
 
 
 CHART_T = [*range(T, 0, -T // 20), 1]
@@ -361,19 +345,18 @@ def main():
     parser.add_argument("--json", action="store_true", help="the same figures as JSON")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--paper", action="store_true", help="the paper's tables; the flags below do not matter then")
-    what.add_argument("--run", type=Path, metavar="DIR", help="a run folder; its config.json stands for the flags below")
+    what.add_argument("--run", type=Path, metavar="DIR", help="a run folder; its config.json replaces the flags below")
     add_model_flags(parser)
-    group = parser.add_argument_group("data, training and sampling (defaults in brackets: tiny, DiT-*)")
-    group.add_argument("--image-size", type=positive_int, metavar="N", help="[16, 32]")
-    group.add_argument("--channels", type=positive_int, metavar="N", help="of an image [3]")
-    group.add_argument("--steps", type=positive_int, metavar="N", help="of training [3000, 800000]")
-    group.add_argument("--batch-size", type=positive_int, metavar="N", help="[64, 128]")
-    group.add_argument("--orthogonality", type=float, default=1e-4, metavar="F", help="0 leaves the penalty out [1e-4]")
-    group.add_argument("--curriculum-groups", type=int, metavar="N", help="0 = off [10 for iso-*, else 0]")
-    group.add_argument("--curriculum-share", type=float, default=0.4, metavar="F",
-                       help="the groups come evenly over this share of the steps [0.4]")
-    group.add_argument("--sampling-steps", type=positive_int, default=100, metavar="N", help="also with --run [100]")
-    group.add_argument("--layer", metavar="NAME", help="whose rank the chart shows, e.g. blocks.0.q; also with --run")
+    add = parser.add_argument_group("data, training and sampling (defaults in brackets: tiny, DiT-*)").add_argument
+    add("--image-size", type=positive_int, metavar="N", help="[16, 32]")
+    add("--channels", type=positive_int, metavar="N", help="of an image [3]")
+    add("--steps", type=positive_int, metavar="N", help="of training [3000, 800000]")
+    add("--batch-size", type=positive_int, metavar="N", help="[64, 128]")
+    add("--orthogonality", type=float, default=1e-4, metavar="F", help="0 leaves the penalty out [1e-4]")
+    add("--curriculum-groups", type=int, metavar="N", help="0 = off [10 for iso-*, else 0]")
+    add("--curriculum-share", type=float, metavar="F", help="of the steps, over which the groups come [0.2, 0.4]")
+    add("--sampling-steps", type=positive_int, default=100, metavar="N", help="also with --run [100]")
+    add("--layer", metavar="NAME", help="whose rank the chart shows, e.g. blocks.0.q; also with --run")
     args = parser.parse_args()
 
     if args.paper:
@@ -390,9 +373,11 @@ def main():
         if not args.run:
             tiny = args.model in (None, "tiny")
             config = config_from_flags(args, "tiny", image_size=16 if tiny else 32, num_classes=10)
-            steps, batch = args.steps or (3000 if tiny else 800_000), args.batch_size or (64 if tiny else 128)
-            groups = args.curriculum_groups if args.curriculum_groups is not None else 10 * config.method.startswith("iso")
-            stages, penalty = longest_curriculum(steps, groups, args.curriculum_share), args.orthogonality > 0
+            steps, batch, share = (3000, 64, 0.2) if tiny else (800_000, 128, 0.4)  # the defaults of train.py
+            steps, batch, groups = args.steps or steps, args.batch_size or batch, args.curriculum_groups
+            groups = 10 * config.method.startswith("iso") if groups is None else groups
+            share = share if args.curriculum_share is None else args.curriculum_share
+            stages, penalty = longest_curriculum(steps, groups, share), args.orthogonality > 0
             spent = training_run(config, steps, batch, stages, penalty)
             keep = "" if config.method == "full" else f" keep {config.keep:g}"
             title = f"{args.model or 'tiny'}, {config.method}{keep}"

@@ -57,16 +57,16 @@ class Config:
     factorise: str = "all"
 
     def __post_init__(self):
-        for name in ("depth", "width", "heads", "patch", "image_size", "channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        for name, least in (("depth", 1), ("width", 1), ("heads", 1), ("patch", 1), ("image_size", 1), ("channels", 1),
+                            ("num_classes", 0), ("dense_mlp_blocks", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} {value!r} must be a whole number of at least {least}")
         if self.image_size % self.patch:
             raise ValueError(f"image size {self.image_size} is not divisible by the patch size {self.patch}; "
                              "choose another --image-size or a model with another patch (DiT-S/2, /4, /8)")
         if self.width % self.heads or self.width % 4:
             raise ValueError(f"width {self.width} must be divisible by the {self.heads} heads and by 4")
-        if self.num_classes < 0 or self.dense_mlp_blocks < 0:
-            raise ValueError("num_classes and dense_mlp_blocks must not be negative")
         if not 0 < self.keep <= 1:
             raise ValueError(f"keep {self.keep} must lie in (0, 1]")
         for name, allowed in (("method", METHODS), ("conditioning", ("per-block", "shared")),

@@ -8,6 +8,7 @@ NA-LR section 2.1 (slicing, Eq. 5) and D.1. At one t all images share the active
 low-rank layer multiplies by its first Phi(t) channels only. Read schedule.py and model.py before.
 """
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +19,8 @@ import torch
 from PIL import Image
 from torchvision.utils import make_grid
 
-from data import (InputError, Parser, duration, end_progress, pick_device, positive_int, read_checkpoint, run_script,
-                  show_progress, to_uint8, write_then_rename)
+from data import (IMAGE_ENDINGS, InputError, Parser, duration, end_progress, pick_device, positive_int, read_checkpoint,
+                  run_script, show_progress, to_uint8, write_then_rename)
 from model import Config, DiT
 from schedule import NoiseSchedule, sampling_timesteps
 
@@ -173,7 +174,7 @@ def load_model(run: Path, device: torch.device) -> tuple[DiT, dict]:
         model = DiT(Config(**state["config"]), initialise=False)
         model.load_state_dict(state["model"])
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise InputError(f"{path} does not describe a model: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{path} does not describe a model: {' '.join(str(error).split())[:200]}") from None
     return model.to(device).eval().requires_grad_(False), state
 
 
@@ -185,19 +186,20 @@ def newest_run(folder: str = "runs", file: str = "model.pt") -> Path:
     return files[-1].parent
 
 
-def choose_classes(text: str, names: list[str], num_classes: int) -> list[int]:
-    """'all', or numbers and names separated by commas -> class numbers; [] for an unconditional model."""
+def choose_classes(text: str, names: list[str]) -> list[int]:
+    """'all', or numbers and names separated by commas -> class numbers; [] where the training data had no
+    classes (the model may have rows for them all the same)."""
     if text == "all":
-        return list(range(len(names) or num_classes))
-    if num_classes == 0:
-        raise InputError("this model has no classes; leave --classes out")
+        return list(range(len(names)))
+    if not names:
+        raise InputError("this model was trained without classes; leave --classes out")
     chosen = []
     for word in text.split(","):
         word = word.strip()
         c = names.index(word) if word in names else int(word) if word.isdecimal() else -1
-        if not 0 <= c < num_classes:
-            named = f" ({', '.join(names)})" if names else ""
-            raise InputError(f"class {word!r} is unknown: give numbers from 0 to {num_classes - 1}{named}, or all")
+        if not 0 <= c < len(names):
+            raise InputError(f"class {word!r} is unknown: give numbers from 0 to {len(names) - 1} "
+                             f"({', '.join(names[:20])}), or all")
         chosen.append(c)
     return chosen
 
@@ -226,19 +228,24 @@ def main():
     args = parser.parse_args()
     if args.steps > 1000:
         parser.error(f"--steps {args.steps}: a sampler takes 1 to 1000")
-    if args.seed < 0:
-        parser.error(f"--seed {args.seed} must not be negative")
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"--seed {args.seed} must lie in 0..2**63 - 1")
+    if args.guidance is not None and not math.isfinite(args.guidance):
+        parser.error(f"--guidance {args.guidance} must be a finite number")
 
     device = pick_device(args.device)
     run = Path(args.run) if args.run else newest_run()
     model, state = load_model(run, device)
-    classes = choose_classes(args.classes, state["classes"], model.config.num_classes)
+    classes = choose_classes(args.classes, state["classes"])
     guidance = state["guidance"] if args.guidance is None else args.guidance
     batch_size = args.batch_size or (100 if device.type == "cpu" else 500)
     out = Path(args.out or run / "samples" / f"{args.sampler}{args.steps}_seed{args.seed}.png")
     as_folder = out.suffix not in (".png", ".npz")
     if as_folder and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out} exists and is not an empty folder; name another, or FILE.png or FILE.npz")
+    if out.suffix.lower() in IMAGE_ENDINGS + (".npz",) and (as_folder and out.suffix != ".png" or out.is_dir()):
+        raise InputError(f"--out {out}: give FILE.png, FILE.npz or the name of a folder")
+    out.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is better known before the drawing
 
     start, images, labels = time.time(), [], []
     for first in range(0, args.num, batch_size):
@@ -266,7 +273,7 @@ def main():
     elif out.suffix == ".png":
         save_grid(out, torch.cat(images), grid_columns(len(classes)))
         if len(classes) == grid_columns(len(classes)):
-            print("columns:", ", ".join(state["classes"][c] if state["classes"] else str(c) for c in classes))
+            print("columns:", ", ".join(state["classes"][c] for c in classes))
     print(f"{args.num} images, {args.sampler} {args.steps} steps, guidance {guidance:g}: {out}")
 
 

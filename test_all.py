@@ -2,8 +2,6 @@
 
     pytest test_all.py                  all, about three minutes on two CPU cores
     pytest test_all.py -k "mask or phi" some
-
-A test here fails when its equation is wrong: each was seen to fail with the equation broken.
 """
 
 import contextlib
@@ -453,6 +451,44 @@ def test_patches_come_back_to_their_place():
         assert relative(y[:, :, i:i + 2, j:j + 2], expected) < 1e-12
 
 
+@pytest.mark.parametrize("conditioning", ["per-block", "shared"])
+def test_the_transformer_written_out(conditioning):
+    """Peebles and Xie 2023, Fig. 3 (adaLN-Zero), in plain products: attention, GELU, modulation, gates."""
+    config = Config(**SMALL, method="full", conditioning=conditioning)
+    net = awake(config)
+    x, t, y = inputs(config, 2)
+    linear = lambda layer, v: v @ layer.weight.t() + layer.bias
+    silu = lambda v: v / (1 + (-v).exp())
+    norm = lambda v: (v - v.mean(-1, keepdim=True)) / (v.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+    t_emb = model.timestep_embedding(t).double()
+    c = [silu(linear(e.time_out, silu(linear(e.time_in, t_emb))) + e.label.weight[y]) for e in net.embedders]
+    patches = x.view(2, 3, 4, 2, 4, 2).permute(0, 2, 4, 1, 3, 5).reshape(2, 16, 12)
+    h = patches @ net.patchify.weight.flatten(1).t() + net.patchify.bias + model.position_embedding(32, 4).double()
+    for i, block in enumerate(net.blocks):
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = linear(block.adaln, c[i % len(c)])[:, None].split(32, -1)
+        a = norm(h) * (1 + scale_1) + shift_1
+        q, k, v = (linear(layer, a).view(2, 16, 2, 16).transpose(1, 2) for layer in (block.q, block.k, block.v))
+        a = ((q @ k.mT / 16**0.5).softmax(-1) @ v).transpose(1, 2).reshape(2, 16, 32)
+        h = h + gate_1 * linear(block.out, a)
+        m = linear(block.mlp_in, norm(h) * (1 + scale_2) + shift_2)
+        h = h + gate_2 * linear(block.mlp_out, m * 0.5 * (1 + torch.erf(m / 2**0.5)))
+    shift, scale = linear(net.final_adaln, c[0])[:, None].split(32, -1)
+    h = linear(net.final_out, norm(h) * (1 + scale) + shift)
+    expected = h.view(2, 4, 4, 2, 2, 3).permute(0, 5, 1, 3, 2, 4).reshape(2, 3, 8, 8)
+    assert relative(net(x, t, y), expected) < 1e-10
+
+
+def test_initial_spread():
+    """DiT's initialisation: embedders N(0, 0.02), the rest Xavier, biases zero."""
+    torch.manual_seed(0)
+    net = DiT(Config(method="full", depth=1, num_classes=1000))
+    assert net.embedders[0].label.weight.std().item() == pytest.approx(0.02, rel=0.01)
+    assert net.embedders[0].time_in.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert net.blocks[0].mlp_in.weight.std().item() == pytest.approx((2 / (5 * 384)) ** 0.5, rel=0.01)
+    assert net.patchify.weight.std().item() == pytest.approx((2 / (12 + 384)) ** 0.5, rel=0.03)
+    assert all(not p.any() for name, p in net.named_parameters() if name.endswith("bias"))
+
+
 def test_embeddings():
     """Sinusoids at 10000^(-i/128), cosines first; 2-D positions: column in the first half, row in the second."""
     e = model.timestep_embedding(torch.tensor([0, 700]))
@@ -611,6 +647,31 @@ def test_flat_folders_have_no_classes(folder, tmp_path):
     path, images, _ = folder
     dataset = data.load(str(path / "a"), tmp_path / "data")
     assert torch.equal(dataset.images, images[:6]) and dataset.classes == [] and not dataset.labels.any()
+
+
+def test_a_stray_image_beside_class_folders_is_named(folder, tmp_path):
+    path, *_ = folder
+    (path / "stray.png").write_bytes((path / "a" / "00.png").read_bytes())
+    with pytest.raises(data.InputError, match="stray.png lies beside class folders"):
+        data.open_source(str(path))
+
+
+def test_orientation_is_followed_and_16_bits_are_refused(tmp_path):
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[:, :4] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees to see it upright
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    upright = data.open_source(str(tmp_path)).read(0, 1)[0, 0]
+    assert upright[:4].eq(255).all() and not upright[4:].any()
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tmp_path / "b.png")
+    with pytest.raises(data.InputError, match="b.png.*8 bits"):
+        data.open_source(str(tmp_path)).read(0, 2)
+
+
+def test_test_shapes_are_no_other_seeds_training_shapes():
+    test, other = (data.open_source("shapes", split=s, num=20, seed=n).read(0, 20) for s, n in (("test", 0), ("train", 1)))
+    assert not torch.equal(test, other)
 
 
 def test_images_are_decoded_once(folder, tmp_path, monkeypatch):
@@ -1156,7 +1217,8 @@ def test_a_malicious_checkpoint_is_refused_unopened(tmp_path, monkeypatch):
 @pytest.mark.parametrize("arguments, says", [
     (["--classes", "10"], ("'10'", "0 to 9")), (["--classes", "0,unicorn"], "unicorn"), (["--num", "0"], "at least 1"),
     (["--steps", "1001"], "1 to 1000"), (["--seed", "-1"], "seed"), (["--sampler", "euler"], "ddim"),
-    (["--guidance", "two"], "guidance"), (["--device", "cuda"], "--device cuda is not available"), (["--batch-size", "-3"], "at least 1"),
+    (["--guidance", "two"], "guidance"), (["--guidance", "nan"], "finite"), (["--seed", str(2**64)], "seed"),
+    (["--out", "x.jpg"], "FILE.png"), (["--steps", "1e3"], "whole number"), (["--device", "cuda"], "--device cuda is not available"), (["--batch-size", "-3"], "at least 1"),
 ])
 def test_sample_script_refuses(run, arguments, says):
     if "cuda" in arguments and torch.cuda.is_available():
@@ -1286,7 +1348,10 @@ def test_the_log(thirty_steps):
     r = max(l.rank for l in model.linear_layers(config) if l.rank)
     for line in log:
         assert line["active_rank"] == config.rank_schedule().active(line["t_low"], r)
-        assert line["lr"] == pytest.approx(line["lr"]) and line["images_per_s"] > 0
+        begun = max(math.ceil(Fraction(12 * j, 9)) for j in range(line["stage"] + 1))  # 40 % of 30 steps, nine groups
+        settings = dict(steps=30, lr=train.TINY["lr"], warmup=train.TINY["warmup"])
+        assert line["lr"] == train.learning_rate(line["step"] - 1, begun, line["stage"], settings)
+        assert line["images_per_s"] > 0
     for word in ("parameters", "rank", "multiply-adds a step", "device", "left", "final.png", "python sample.py"):
         assert word in out
     assert (folder / "samples" / "final.png").exists()
@@ -1305,6 +1370,65 @@ def test_spent_multiply_adds_are_those_of_the_computed_ranks(thirty_steps):
     assert lines(folder)[-1]["flops"] == spent < 30 * flops.train_step(config, 4)
 
 
+def test_two_steps_of_the_loop_written_out(tmp_path):
+    """Batch, flip, label dropout, x_t, masks inside the stage's slice, eps loss and penalty, AdamW, EMA: two
+    steps from the public pieces give the weights that train.py saves."""
+    code, _, err = quick_training("--steps", 2, "--curriculum-groups", 3, "--curriculum-share", 1, "--orthogonality", 0.1,
+                                  "--label-dropout", 0.5, "--seed", 5, "--out", tmp_path / "r")
+    assert code == 0, err
+    found = torch.load(tmp_path / "r" / "state.pt", weights_only=True)
+    images, labels = data.draw_shapes(20_000, 8, seed=5)
+    torch.manual_seed(5)
+    net = DiT(Config(**model.PRESETS["tiny"], image_size=8))
+    average = [p.detach().clone() for p in net.parameters()]
+    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0)
+    host, device = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5 + 2**31)
+    noise = schedule.NoiseSchedule()
+    t_low = curriculum.cluster_timesteps(noise.log_snr, 3)[-1]
+    for step in range(2):
+        index = data.batch_indices(20_000, step, 4, 5, torch.device("cpu"))
+        x_0 = images[index]
+        flip = torch.rand(4, 1, 1, 1, generator=device).flatten() < 0.5
+        x_0[flip] = x_0[flip].flip(3)
+        y = labels[index]
+        y[torch.rand(4, generator=device) < 0.5] = 10
+        eps = torch.randn(4, 3, 8, 8, generator=device)
+        t = t_low + (torch.rand(4, dtype=torch.float64, generator=host) * (T + 1 - t_low)).floor().long()
+        ab = noise.alpha_bar[t].view(4, 1, 1, 1)
+        x_t = (ab.sqrt() * (x_0.double() / 127.5 - 1) + (1 - ab).sqrt() * eps).float()
+        phi = {r: net.rank_schedule.active(t, r) for r in net.ranks}
+        active = lowrank.masks(phi, {r: net.rank_schedule.active(t_low, r) for r in net.ranks})
+        loss = F.mse_loss(net(x_t, t, y, active), eps) + 0.1 * lowrank.orthogonality_penalty(net, active)
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = train.learning_rate(step, 0, 0, dict(steps=2, lr=train.TINY["lr"], warmup=100))
+        optimizer.step(), optimizer.zero_grad()
+        decay = min(train.TINY["ema_decay"], (1 + step) / (10 + step))
+        average = [decay * a + (1 - decay) * p.detach() for a, p in zip(average, net.parameters())]
+    for (name, p), a in zip(net.named_parameters(), average):
+        assert torch.allclose(found["model"][name], p, rtol=1e-4, atol=1e-6), name
+        assert torch.allclose(found["ema"][name], a, rtol=1e-4, atol=1e-6), name
+    batch_loss = found["losses"] if len(found["losses"]) else None
+    assert batch_loss is None and lines(tmp_path / "r")[-1]["t_low"] == t_low
+
+
+def test_a_plateau_introduces_a_group(tmp_path, monkeypatch):
+    """The loop gives every batch loss to the curriculum, at log lines, and asks it before every step."""
+    seen, real = [], curriculum.Curriculum.observe
+
+    def observe(self, first_step, losses):
+        real(self, first_step, losses)
+        seen.append((first_step, losses))
+        self.since_best = self.patience  # as after 200 steps without improvement
+
+    monkeypatch.setattr(curriculum.Curriculum, "observe", observe)
+    quick_training("--steps", 20, "--curriculum-share", 1, "--out", tmp_path / "r")
+    log = lines(tmp_path / "r")
+    assert [line["stage"] for line in log] == [0, 1, 2, 3]
+    assert [(first, len(losses)) for first, losses in seen] == [(0, 5), (5, 5), (10, 5), (15, 5)]
+    assert [np.mean(losses) for _, losses in seen] == pytest.approx([line["loss"] for line in log])
+
+
 def test_learning_rate():
     """Linear warm-up, cosine to zero; afresh at each introduction from base (1 - 0.02 k), a fifth of the warm-up."""
     s = dict(steps=100_000, lr=1e-4, warmup=3000)
@@ -1321,14 +1445,12 @@ def test_a_new_group_clears_the_optimiser_but_not_the_ema(tmp_path):
     state = torch.load(tmp_path / "r" / "state.pt", weights_only=True)
     assert state["curriculum"]["stage"] == 9 and state["curriculum"]["start"] == 12
     assert {int(p["step"]) for p in state["optimizer"]["state"].values()} == {18}
-    first_half = [p for p in state["optimizer"]["state"]]
-    assert len(first_half) == len(state["model"])
+    assert len(state["optimizer"]["state"]) == len(state["model"])
 
 
 def test_ema_of_the_weights(tmp_path, monkeypatch):
     """ema <- d ema + (1 - d) w with d = min(decay, (1 + n) / (10 + n)), after every step."""
-    torch.manual_seed(0)
-    expected, seen, real = [], [], torch._foreach_lerp_
+    seen, real = [], torch._foreach_lerp_
     monkeypatch.setattr(torch, "_foreach_lerp_", lambda e, p, w: seen.append(w) or real(e, p, w))
     quick_training("--steps", 12, "--ema-decay", 0.5, "--out", tmp_path / "r")
     assert seen == pytest.approx([1 - min(0.5, (1 + n) / (10 + n)) for n in range(12)])
@@ -1388,8 +1510,9 @@ BAD_TRAINING = [
     (["--keep", "0"], "keep"), (["--keep", "1.1"], "keep"), (["--rho-min", "2"], "rho_min"), (["--warm-start", "-1"], "warm_start"),
     (["--model", "DiT-H/2"], "DiT-H/2"), (["--method", "lora"], "lora"), (["--num-classes", "3"], "10 classes"),
     (["--device", "tpu"], "tpu"), (["--device", "cuda"], "not available"), (["--curriculum-groups", "5000"], "curriculum-groups"),
-    (["--curriculum-share", "2"], "curriculum-share"), (["--dense-mlp-blocks", "-1"], "negative"), (["--label-dropout", "7"], "label-dropout"),
-    (["--frobnicate"], "frobnicate"), (["--seed", "-5"], "seed"),
+    (["--curriculum-share", "2"], "curriculum-share"), (["--dense-mlp-blocks", "-1"], "at least 0"), (["--label-dropout", "7"], "label-dropout"),
+    (["--frobnicate"], "frobnicate"), (["--seed", "-5"], "seed"), (["--dataset", ""], "no dataset"), (["--lr", "inf"], "--lr"),
+    (["--steps", "1e3"], "whole number"), (["--guidance", "inf"], "--guidance"),
 ]
 
 
@@ -1428,6 +1551,30 @@ def test_train_script_keeps_a_run_that_is_there(run):
     refuses(train, "--out", run, "--resume", "--keep", "0.25", "--seed", "3", says=("--keep 0.25 (the run has 0.5)", "--seed 3"))
     refuses(train, "--out", run, "--resume", "--steps", 5, says="already trained 6 steps")
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_a_kill_between_the_two_writes_is_made_good(run, tmp_path):
+    """model.pt is written before state.pt: the older state goes on and writes both again."""
+    shutil.copytree(run, tmp_path / "r")
+    (tmp_path / "r" / "state.pt").unlink()
+    (tmp_path / "r" / "model.pt").write_bytes(b"half")
+    code, _, err = quick_training("--resume", "--out", tmp_path / "r")
+    assert code == 0, err
+    same_state(run, tmp_path / "r")
+    assert torch.load(tmp_path / "r" / "model.pt", weights_only=True)["step"] == 6
+
+
+def test_resume_refuses_other_data_and_foreign_states(run, folder, tmp_path):
+    shutil.copytree(run, tmp_path / "r")
+    resume = ["--resume", "--out", tmp_path / "r"]
+    refuses(train, *resume, "--dataset", folder[0], "--data-dir", tmp_path, says="must be the same")
+    config = json.loads((run / "config.json").read_text())
+    for name, value in (("lr", "fast"), ("batch_size", 0), ("device", "tpu"), ("dtype", "float8"), ("curriculum_groups", 3)):
+        changed = config | {"train": config["train"] | {name: value}}
+        (tmp_path / "r" / "config.json").write_text(json.dumps(changed))
+        refuses(train, *resume, says="state.pt" if name == "curriculum_groups" else name.replace("_", "-"))
+    (tmp_path / "r" / "config.json").write_text(json.dumps(config | {"model": config["model"] | {"depth": 2.5}}))
+    refuses(train, *resume, says="depth")
 
 
 def test_resuming_a_finished_run_draws_its_picture(run, tmp_path):
@@ -1619,6 +1766,8 @@ def test_inception_weights_are_checked_and_offline_is_said(tmp_path, monkeypatch
     code, out, err = cli(fid, tmp_path / "a.npz", tmp_path / "a.npz", "--data-dir", tmp_path, "--device", "cpu")
     last = err.strip().splitlines()[-1]
     assert code == 2 and not out and "put pt_inception-2015-12-05-6726825d.pth into" in last and str(tmp_path) in last
+    assert err.count("\n") == 1 and not (tmp_path / "checkpoints").exists()  # nothing is left behind
+    (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth").write_bytes(b"something else")
     code, _, err = cli(fid, tmp_path / "a.npz", tmp_path / "a.npz", "--data-dir", tmp_path, "--device", "cpu")
     assert code == 2 and "SHA-256" in err and err.count("\n") == 1

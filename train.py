@@ -5,7 +5,10 @@
     python train.py --dataset FOLDER --model tiny       your own images: a folder, class folders, .zip, .npz
     python train.py --resume                            go on with the newest run
 
-The settings of D.1 are the defaults of every DiT-* model. `tiny` has its own: {TINY}.
+The settings of D.1 are the defaults of every DiT-* model:
+{PAPER}
+`tiny` has its own:
+{TINY}
 Runs of fewer steps than the paper's shorten the warm-up to 5 % of the steps and let the EMA forget faster.
 A run folder holds config.json, metrics.jsonl, state.pt (to go on), model.pt (to sample) and samples/.
 """
@@ -17,8 +20,9 @@ import math
 import os
 import signal
 import sys
+import textwrap
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +32,15 @@ import flops
 from curriculum import Curriculum, cluster_timesteps
 from data import (DATASETS, InputError, Parser, batch_indices, decode, duration, end_progress, open_source, pick_device,
                   positive_int, read_checkpoint, run_script, show_progress, to_unit, write_then_rename)
-from lowrank import orthogonality_penalty, widths
-from model import Config, DiT, add_model_flags, config_from_flags, parameter_count, rank_summary
+from lowrank import orthogonality_penalty
+from model import PRESETS, Config, DiT, add_model_flags, config_from_flags, parameter_count, rank_summary
 from sample import draw_images, grid_columns, newest_run, save_grid
 from schedule import T, NoiseSchedule, add_noise
 
 # ----------------------------------------------------------------------------------------------------
 # Settings
+
+DEVICES, DTYPES = ("auto", "cpu", "cuda", "mps"), (None, "float32", "bfloat16")
 
 # NA-LR D.1
 PAPER = dict(steps=800_000, batch_size=128, lr=1e-4, warmup=3000, ema_decay=0.9999, label_dropout=0.1, guidance=2.0,
@@ -43,12 +49,17 @@ TINY = PAPER | dict(steps=3000, batch_size=64, lr=2e-3, warmup=100, ema_decay=0.
                     log_every=20, save_every=500)
 
 # What a resumed run may be told anew. Everything else would make it another run.
-MAY_CHANGE = {"steps", "lr", "data_dir", "device", "dtype", "compile", "save_every", "sample_every", "guidance"}
+# (The dataset may have moved; that it still holds the same images and classes is checked.)
+MAY_CHANGE = {"dataset", "data_dir", "steps", "lr", "device", "dtype", "compile", "save_every", "sample_every",
+              "guidance"}
 
 
 def parse_arguments():
-    tiny = ", ".join(f"{name} {value}" for name, value in TINY.items() if value != PAPER[name])
-    parser = Parser(description=__doc__.replace("{TINY}", tiny))
+    def listed(settings):
+        return textwrap.fill(", ".join(f"{name} {value}" for name, value in settings.items()), 100)
+
+    tiny = listed({name: value for name, value in TINY.items() if value != PAPER[name]})
+    parser = Parser(description=__doc__.replace("{TINY}", tiny).replace("{PAPER}", listed(PAPER)))
     p = parser.add_argument_group("data and output")
     p.add_argument("--dataset", metavar="NAME|PATH",
                    help=f"{', '.join(DATASETS)}, or a folder, .zip or .npz (default shapes)")
@@ -75,17 +86,19 @@ def parse_arguments():
     p.add_argument("--curriculum-share", type=float, metavar="F",
                    help="the curriculum takes at most this share of the steps; 1 = no such limit (default 0.4, "
                         "tiny 0.2)")
-    p.add_argument("--seed", type=int, metavar="N", help="of weights, data order, noise and timesteps (default 0)")
+    p.add_argument("--seed", type=int, metavar="N",
+                   help="of weights, data order, noise, timesteps and the drawn shapes (default 0)")
     p = parser.add_argument_group("machine and reports")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"))
-    p.add_argument("--dtype", choices=("float32", "bfloat16"),
+    p.add_argument("--device", choices=DEVICES)
+    p.add_argument("--dtype", choices=DTYPES[1:],
                    help="of the matrix products (default bfloat16 on CUDA, else float32)")
     p.add_argument("--compile", action="store_true", default=None, help="torch.compile the model")
     p.add_argument("--log-every", type=positive_int, metavar="N",
                    help="steps per line of metrics.jsonl; the curriculum, too, reads its losses then")
     p.add_argument("--save-every", type=positive_int, metavar="N", help="steps per state.pt and model.pt")
     p.add_argument("--sample-every", type=positive_int, metavar="N", help="steps per sample grid")
-    p.add_argument("--guidance", type=float, metavar="W", help="guidance scale of the sample grids (default 2)")
+    p.add_argument("--guidance", type=float, metavar="W",
+                   help="guidance scale of this run's samples (default 2, tiny 4)")
     return parser, parser.parse_args()
 
 
@@ -106,8 +119,14 @@ def check_settings(s: dict) -> None:
     for name, low, high in (("lr", 0, math.inf), ("warmup", 0, math.inf), ("ema_decay", 0, 1), ("label_dropout", 0, 1),
                             ("orthogonality", 0, math.inf), ("curriculum_groups", 0, T), ("curriculum_share", 0, 1),
                             ("seed", 0, 2**31), ("guidance", -math.inf, math.inf)):
-        if not low <= s[name] <= high or s[name] != s[name]:
-            raise InputError(f"--{name.replace('_', '-')} {s[name]} must lie between {low} and {high}")
+        if type(s[name]) not in (int, float) or not (math.isfinite(s[name]) and low <= s[name] <= high):
+            raise InputError(f"--{name.replace('_', '-')} {s[name]} must be a finite number between {low} and {high}")
+    for name in ("steps", "batch_size", "log_every", "save_every", "sample_every"):
+        if type(s[name]) is not int or s[name] < 1:
+            raise InputError(f"--{name.replace('_', '-')} {s[name]} must be a whole number of at least 1")
+    for name, allowed in (("model", PRESETS), ("device", DEVICES), ("dtype", DTYPES)):
+        if s[name] not in allowed:
+            raise InputError(f"--{name} {s[name]} is unknown; use {', '.join(map(str, allowed))}")
 
 
 def learning_rate(step: int, start: int, stage: int, s: dict) -> float:
@@ -126,23 +145,30 @@ def learning_rate(step: int, start: int, stage: int, s: dict) -> float:
 # The run folder
 
 
+RUN_FILES = ("config.json", "state.pt", "model.pt", "metrics.jsonl")
+
+
 def open_run(args, given: dict) -> tuple[Path | None, dict | None]:
     """The folder to write to and, with --resume, what its config.json says. A folder of None is to be
     chosen later: nothing is created before everything a person can get wrong has been checked."""
     if not args.resume:
-        if args.out and (Path(args.out) / "config.json").exists():
+        if args.out and any((Path(args.out) / name).exists() for name in RUN_FILES):
             raise InputError(f"{args.out} already holds a run; add --resume to go on with it, or choose another --out")
         if args.out and Path(args.out).exists() and not Path(args.out).is_dir():
             raise InputError(f"--out {args.out} is a file; name a folder")
         return (Path(args.out) if args.out else None), None
     folder = Path(args.out) if args.out else newest_run(file="config.json")
     if not (folder / "config.json").exists():
+        if not given and not folder.exists():
+            raise InputError(f"--resume: {folder} does not exist; name the folder of a run")
+        # a job that was killed before it wrote anything goes on by the same command
         print(f"nothing to resume in {folder} yet: starting")
         return folder, None
     try:
         saved = json.loads((folder / "config.json").read_text())
         known = saved["train"] | saved["model"]
         Config(**saved["model"])
+        saved["n_images"], saved["classes"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder / 'config.json'} is not a run's settings ({error})") from None
     differ = [f"--{k.replace('_', '-')} {v} (the run has {known.get(k)})" for k, v in given.items()
@@ -154,12 +180,18 @@ def open_run(args, given: dict) -> tuple[Path | None, dict | None]:
 
 
 def new_folder(s: dict, config: Config) -> Path:
-    """runs/003-shapes-tiny-iso-compute-0.5, counting up."""
-    taken = [int(p.name.split("-")[0]) for p in Path("runs").glob("[0-9]*-*") if p.name.split("-")[0].isdecimal()]
-    data = Path(s["dataset"]).stem
+    """Makes and returns runs/003-shapes-tiny-iso-compute-0.5, counting up."""
     keep = "" if config.method == "full" else f"-{config.keep:g}"
-    name = f"{max(taken, default=0) + 1:03d}-{data}-{s['model'].replace('/', '-')}-{config.method}{keep}"
-    return Path("runs") / name
+    name = f"{Path(s['dataset']).stem}-{s['model'].replace('/', '-')}-{config.method}{keep}"
+    numbers = [p.name.split("-")[0] for p in Path("runs").glob("*-*")]
+    number = max((int(n) for n in numbers if n.isdecimal()), default=0) + 1
+    while True:
+        folder = Path("runs") / f"{number:03d}-{name}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:  # another run took it a moment ago
+            number += 1
 
 
 def keep_metrics(path: Path, step: int) -> None:
@@ -204,13 +236,17 @@ def main():
     if config.num_classes < len(source.classes) or config.image_size != height:
         raise InputError(f"{source.name} has {len(source.classes)} classes of {height}x{width} images, the model "
                          f"{config.num_classes} classes of {config.image_size}x{config.image_size}")
+    if saved and (saved["n_images"], saved["classes"]) != (n_images, source.classes):
+        raise InputError(f"{source.name} has {n_images} images of {len(source.classes)} classes, the run was trained "
+                         f"on {saved['n_images']} of {len(saved['classes'])}; to go on they must be the same")
     dataset = decode(source, s["data_dir"])
     torch.manual_seed(s["seed"])
     model = DiT(config, initialise=not saved or not (folder / "state.pt").exists()).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     ema_parameters, parameters = list(ema.parameters()), list(model.parameters())
     net = torch.compile(model) if s["compile"] else model
-    optimizer = torch.optim.AdamW(parameters, lr=s["lr"], weight_decay=0.0, fused=device.type in ("cpu", "cuda"))
+    fused = device.type in ("cpu", "cuda")
+    optimizer = torch.optim.AdamW(parameters, lr=s["lr"], weight_decay=0.0, fused=fused)
 
     # functions of t, and random numbers: timesteps on the host, which must know them, the rest on the device
     noise_schedule = NoiseSchedule()
@@ -221,22 +257,30 @@ def main():
     device_rng = torch.Generator(device).manual_seed(s["seed"] + 2**31)
 
     step, spent = 0, 0  # steps done; multiply-adds spent
-    losses = torch.zeros(s["log_every"], s["batch_size"], device=device)  # per sample, since the last log line
-    timesteps = torch.zeros(s["log_every"], s["batch_size"], dtype=torch.int64)
+    rows = min(s["log_every"], s["steps"])
+    losses = torch.zeros(rows, s["batch_size"], device=device)  # per sample, since the last log line
+    timesteps = torch.zeros(rows, s["batch_size"], dtype=torch.int64)
     pending = 0  # rows of these two that are filled
 
+    fixed_settings = {name: value for name, value in s.items() if name not in MAY_CHANGE}
     if saved and (folder / "state.pt").exists():
         state = read_checkpoint(folder / "state.pt", ("step", "model", "ema", "optimizer", "curriculum", "spent",
-                                                      "losses", "timesteps", "host_rng", "device_rng", "device"))
+                                                      "losses", "timesteps", "host_rng", "device_rng", "device",
+                                                      "settings"))
+        if state["settings"] != fixed_settings:
+            raise InputError(f"{folder / 'state.pt'} belongs to a run with other settings than its config.json")
         try:
             model.load_state_dict(state["model"])
             ema.load_state_dict(state["ema"])
             optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError) as error:
-            raise InputError(f"{folder / 'state.pt'} does not fit config.json: {str(error).splitlines()[0]}") from None
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{folder / 'state.pt'} does not fit config.json: {reason}") from None
+        for group in optimizer.param_groups:
+            group["fused"] = fused  # the run may have been on another device
         curriculum.load_state_dict(state["curriculum"])
-        step, spent, pending = state["step"], state["spent"], min(len(state["losses"]), s["log_every"])
-        losses[:pending], timesteps[:pending] = state["losses"][:pending], state["timesteps"][:pending]
+        step, spent, pending = state["step"], state["spent"], len(state["losses"])
+        losses[:pending], timesteps[:pending] = state["losses"], state["timesteps"]
         host_rng.set_state(state["host_rng"])
         if state["device"] == device.type:
             device_rng.set_state(state["device_rng"])
@@ -251,21 +295,19 @@ def main():
         folder = new_folder(s, config)
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     if saved:
-        for leftover in folder.glob(".*.tmp"):  # of a write that a kill cut off
+        for leftover in (p for name in RUN_FILES for p in folder.glob(f".{name}.*.tmp")):  # a kill cut off its writing
             leftover.unlink()
-    config_json = json.dumps({"dataset": dataset.name, "model": asdict(config), "train": s}, indent=2)
+    config_json = json.dumps({"dataset": dataset.name, "n_images": n_images, "classes": dataset.classes,
+                              "model": asdict(config), "train": s}, indent=2)
     write_then_rename(folder / "config.json", lambda file: file.write(config_json.encode()))
     keep_metrics(folder / "metrics.jsonl", step)
     metrics = open(folder / "metrics.jsonl", "a")
 
-    def active_widths(t_low):  # channels per r_max that a step with this smallest timestep computes
-        return model.rank_schedule and {r: model.rank_schedule.active(t_low, r) for r in model.ranks}
-
     @functools.cache
     def step_cost(t_low):
-        return flops.train_step(config, s["batch_size"], active_widths(t_low), penalty=s["orthogonality"] > 0)
+        return flops.train_step(config, s["batch_size"], flops.channels(config, t_low), penalty=s["orthogonality"] > 0)
 
-    full = parameter_count(Config(**asdict(config) | dict(method="full")))
+    full = parameter_count(replace(config, method="full"))
     per_step = step_cost(1)
     print(f"run         {folder}" + (f", going on after step {step}" if step else ""))
     print(f"device      {device}, {str(dtype).removeprefix('torch.')}" + (", compiled" if s["compile"] else ""))
@@ -284,22 +326,23 @@ def main():
         return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
     def save():
-        finite = [torch.isfinite(norm) for norm in torch._foreach_norm(parameters)]
-        if not (all(finite) and torch.isfinite(losses[:pending]).all()):
+        if not torch.stack([*torch._foreach_norm(parameters), losses[:pending].sum()]).isfinite().all():
             raise not_finite(step)
         state = dict(step=step, model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
                      curriculum=curriculum.state_dict(), spent=spent, losses=losses[:pending].clone(),
                      timesteps=timesteps[:pending].clone(), host_rng=host_rng.get_state(),
-                     device_rng=device_rng.get_state(), device=device.type)
-        write_then_rename(folder / "state.pt", lambda file: torch.save(state, file))
+                     device_rng=device_rng.get_state(), device=device.type, settings=fixed_settings)
         final = dict(config=asdict(config), model=ema.state_dict(), classes=dataset.classes, guidance=s["guidance"],
                      step=step)
         write_then_rename(folder / "model.pt", lambda file: torch.save(final, file))
+        # last: a kill between the two is made good when the run goes on from the older state
+        write_then_rename(folder / "state.pt", lambda file: torch.save(state, file))
 
     def not_finite(step):
         end_progress()
-        return InputError(f"the loss stopped being finite before step {step}; {folder} keeps its last good state: "
-                          f"go on with --resume --out {folder} --lr {s['lr'] / 2:g}")
+        state = "keeps its last good state" if (folder / "state.pt").exists() else "holds no state yet"
+        return InputError(f"the loss stopped being finite before step {step}; {folder} {state}: "
+                          f"try --resume --out {folder} --lr {s['lr'] / 2:g}")
 
     def save_samples(name):
         images, _ = draw_images(ema, range(100), list(range(len(dataset.classes))), guidance=s["guidance"])
@@ -307,8 +350,14 @@ def main():
         return folder / "samples" / name
 
     interrupted = []
-    handlers = {sig: signal.signal(sig, lambda *_: interrupted.append(True) if not interrupted else os._exit(130))
-                for sig in (signal.SIGINT, signal.SIGTERM)}  # the first one stops after this step, the second at once
+
+    def on_interrupt(*_):
+        if interrupted:
+            os._exit(130)
+        interrupted.append(True)
+        print("\nstopping after this step; once more stops at once, without saving", file=sys.stderr)
+
+    handlers = {sig: signal.signal(sig, on_interrupt) for sig in (signal.SIGINT, signal.SIGTERM)}
     clock, paused, logged = time.time(), 0.0, step  # of the current log interval
     begin, begin_step = time.time(), step
 
@@ -358,20 +407,19 @@ def main():
             group = np.searchsorted(group_starts, timesteps[:pending].flatten().numpy(), side="right") - 1
             sums = np.bincount(group, values.flatten().numpy(), len(group_starts))
             counts = np.bincount(group, minlength=len(group_starts))
-            k = active_widths(curriculum.t_low)
             now = time.time()
             line = dict(step=step, loss=values.mean().item(),
                         loss_by_group=[float(a / c) if c else None for a, c in zip(sums, counts)], lr=lr,
                         stage=curriculum.stage, t_low=curriculum.t_low, t_high=T,
-                        active_rank=max(k.values()) if k else max(model.ranks, default=None),
+                        active_rank=max(flops.channels(config, curriculum.t_low).values(), default=None),
                         images_per_s=(step - logged) * s["batch_size"] / (now - clock - paused), flops=spent)
             metrics.write(json.dumps(line) + "\n")
             metrics.flush()
             rate = (now - begin) / (step - begin_step)
-            show_progress(f"step {step:,}/{s['steps']:,}  loss {line['loss']:.4f}  lr {lr:.1e}  "
-                          f"stage {curriculum.stage + 1}/{len(starts)} t>={curriculum.t_low}"
-                          + (f" rank {line['active_rank']}" if line["active_rank"] else "")
-                          + f"  {line['images_per_s']:.0f} images/s  {duration(rate * (s['steps'] - step))} left")
+            rank = f"rank {line['active_rank']}, " if line["active_rank"] else ""
+            show_progress(f"step {step}/{s['steps']}, loss {line['loss']:.4f}, lr {lr:.1e}, "
+                          f"stage {curriculum.stage + 1}/{len(starts)}, {rank}{line['images_per_s']:.0f} images/s, "
+                          f"{duration(rate * (s['steps'] - step))} left")
             pending, clock, paused, logged = 0, now, 0.0, step
 
         pause = time.time()
@@ -390,7 +438,7 @@ def main():
         sys.exit(130)
     picture = save_samples("final.png")
     saved = f", {1 - spent / (per_step * s['steps']):.1%} less than without the curriculum" if len(starts) > 1 else ""
-    print(f"done in {duration(time.time() - begin)}: {spent:.3g} multiply-adds{saved}")
+    print(f"done, {duration(time.time() - begin)} in this call: {spent:.3g} multiply-adds{saved}")
     names = dataset.classes if len(dataset.classes) == grid_columns(len(dataset.classes)) else []
     print(f"picture     {picture}" + (f" (columns: {', '.join(names)})" if names else ""))
     print(f"more        python sample.py --run {folder}")

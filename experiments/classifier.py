@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's top level
-from data import (InputError, Parser, batch_indices, draw_shapes, load, open_source, pick_device, positive_int,
+from data import (InputError, Parser, Source, batch_indices, draw_shapes, load, open_source, pick_device, positive_int,
                   run_script, to_unit, write_then_rename)
 
 
@@ -80,14 +80,12 @@ def training_data(args):
         train = load("shapes", args.data_dir, "train", args.image_size, args.num, args.seed)
         images, labels = draw_shapes(2000, train.images.shape[-1], args.seed + 1)
         return train.images, train.labels, images, labels, train.classes
-    with contextlib.redirect_stdout(sys.stderr):  # load() shows progress; stdout is for the result
-        train = load(args.dataset, args.data_dir, "train", args.image_size)
+    train = load(args.dataset, args.data_dir, "train", args.image_size)
     if len(train.classes) < 2:
         raise InputError(f"{args.dataset} has no classes to tell apart; give a folder with a folder per class, "
                          "or a .npz with `labels`")
     if args.dataset == "cifar10" or args.test:
-        with contextlib.redirect_stdout(sys.stderr):
-            test = load(args.test or args.dataset, args.data_dir, "test", args.image_size)
+        test = load(args.test or args.dataset, args.data_dir, "test", args.image_size)
         if test.classes != train.classes or test.images.shape[1:] != train.images.shape[1:]:
             raise InputError(f"{args.test} has other classes or another image size than {args.dataset}")
         return train.images, train.labels, test.images, test.labels, train.classes
@@ -98,9 +96,13 @@ def training_data(args):
     return train.images[rest], train.labels[rest], train.images[held], train.labels[held], train.classes
 
 
-def train(args, device: torch.device) -> tuple[Classifier, dict]:
-    """Trains, writes both files, and gives the model with what the classifier file holds."""
-    images, labels, test_images, test_labels, classes = training_data(args)
+def train(args, device: torch.device, generated: Source | None) -> tuple[Classifier, dict]:
+    """Trains, writes both files, and gives the model with what the classifier file holds. `generated` is
+    what will be judged: if it does not fit, that is said before minutes of training, not after."""
+    with contextlib.redirect_stdout(sys.stderr):  # load() shows progress; stdout is for the result
+        images, labels, test_images, test_labels, classes = training_data(args)
+    if generated:
+        wanted_classes(generated, classes, images.shape[-1])
     images, labels = images.to(device), labels.to(device)
     torch.manual_seed(args.seed)
     n, size = len(images), images.shape[-1]
@@ -163,24 +165,29 @@ def load_classifier(path: str, device: torch.device) -> tuple[Classifier, dict]:
     return model.to(device), state
 
 
-def judge(model: Classifier, state: dict, args, device: torch.device) -> dict:
-    """The share of generated images recognised as their class, over all and per class."""
-    source = open_source(args.generated, args.data_dir)
-    size, wanted = source.read(0, 1).shape[-1], state["config"]["image_size"]
-    if size != wanted:
-        raise InputError(f"{args.generated} has images {size} pixels wide, the classifier was trained on {wanted}")
+def wanted_classes(source: Source, classes: list[str], image_size: int) -> torch.Tensor:
+    """Which of `classes` each generated image should be, int64 (N,). Raises InputError if that is not
+    known, or if the images have another size."""
+    size = source.read(0, 1).shape[-1]
+    if size != image_size:
+        raise InputError(f"{source.name} has images {size} pixels wide, the classifier is for {image_size}")
     if source.labels is None:
-        raise InputError(f"{args.generated} does not say which class each image should be: give a .npz with `labels`, "
+        raise InputError(f"{source.name} does not say which class each image should be: give a .npz with `labels`, "
                          "or a folder with a folder per class")
-    # class folders are matched by name; numbers, as a .npz has them, are class indices
-    index = {name: i for i, name in enumerate(state["classes"])} | {str(i): i for i in range(len(state["classes"]))}
-    used = sorted(set(source.labels.tolist()))
-    unknown = [source.classes[i] for i in used if source.classes[i] not in index]
+    # class folders are matched by name first; 0, 1, 2, ... in order, as a .npz has them, are class indices
+    names, numbers = ({name: i for i, name in enumerate(some)} for some in (classes, map(str, range(len(classes)))))
+    in_order = source.classes == [str(i) for i in range(len(source.classes))]
+    index = names | numbers if in_order else numbers | names
+    unknown = [source.classes[i] for i in source.labels.unique().tolist() if source.classes[i] not in index]
     if unknown:
-        raise InputError(f"{args.generated} has the class {unknown[0]!r}; the classifier knows "
-                         f"{', '.join(state['classes'])} (or 0 to {len(state['classes']) - 1})")
-    to_index = torch.tensor([index.get(name, -1) for name in source.classes])
-    labels = to_index[source.labels]
+        raise InputError(f"{source.name} has the class {unknown[0]!r}; the classifier knows {', '.join(classes)} "
+                         f"(or 0 to {len(classes) - 1})")
+    return torch.tensor([index.get(name, -1) for name in source.classes])[source.labels]
+
+
+def judge(model: Classifier, state: dict, source: Source, device: torch.device) -> dict:
+    """The share of generated images recognised as their class, over all and per class."""
+    labels = wanted_classes(source, state["classes"], state["config"]["image_size"])
     predicted = predict(model, source.read, len(source), device)
     per_class = []
     for i, name in enumerate(state["classes"]):
@@ -226,23 +233,26 @@ def main():
     args = parser.parse_args()
     if args.classifier and not args.generated:
         raise InputError("--classifier alone has nothing to do; add --generated PATH to judge images with it")
-    if args.generated:
-        open_source(args.generated, args.data_dir)  # a wrong path is said before minutes of training, not after
+    if not 0 < args.lr < 1:
+        raise InputError(f"--lr {args.lr} must lie between 0 and 1")
+    if args.out.is_dir() and not args.classifier:
+        raise InputError(f"--out {args.out} is a folder; give the name of a file")
+    generated = open_source(args.generated, args.data_dir) if args.generated else None
     device = pick_device(args.device)
-    model, state = load_classifier(args.classifier, device) if args.classifier else train(args, device)
+    model, state = load_classifier(args.classifier, device) if args.classifier else train(args, device, generated)
     result = {"dataset": state["dataset"], "held_out_accuracy": state["accuracy"], "n_held_out": state["n_test"],
               "classifier": str(args.classifier or args.out),
               "features": None if args.classifier else str(features_file(args.out)),
               "recognised": None, "n_generated": None, "per_class": None}
-    if args.generated:
-        result |= judge(model, state, args, device)
+    if generated:
+        result |= judge(model, state, generated, device)
     if args.json:
-        print(json.dumps(result))
+        print(json.dumps(result, allow_nan=False))
         return
     print(f"{state['dataset']}: {100 * state['accuracy']:.1f} % of {state['n_test']:,} held-out images recognised")
     if not args.classifier:
         print(f"wrote {args.out} and {features_file(args.out)}")
-    if args.generated:
+    if generated:
         print(f"\n{'class':<14} {'n':>6} {'recognised':>11}   {'most often taken for'}")
         for row in result["per_class"]:
             share = "-" if row["recognised"] is None else f"{100 * row['recognised']:.1f} %"
