@@ -1370,10 +1370,11 @@ def test_spent_multiply_adds_are_those_of_the_computed_ranks(thirty_steps):
     assert lines(folder)[-1]["flops"] == spent < 30 * flops.train_step(config, 4)
 
 
-def test_two_steps_of_the_loop_written_out(tmp_path):
-    """Batch, flip, label dropout, x_t, masks inside the stage's slice, eps loss and penalty, AdamW, EMA: two
-    steps from the public pieces give the weights that train.py saves."""
-    code, _, err = quick_training("--steps", 2, "--curriculum-groups", 3, "--curriculum-share", 1, "--orthogonality", 0.1,
+def test_four_steps_of_the_loop_written_out(tmp_path):
+    """Batch, flip, label dropout, x_t, masks inside the stage's slice, eps loss and penalty, AdamW, EMA:
+    four steps from the public pieces give the weights that train.py saves. (Fewer would not reach the labels:
+    adaLN-Zero lets gradients through layer by layer.)"""
+    code, _, err = quick_training("--steps", 4, "--curriculum-groups", 3, "--curriculum-share", 1, "--orthogonality", 0.1,
                                   "--label-dropout", 0.5, "--seed", 5, "--out", tmp_path / "r")
     assert code == 0, err
     found = torch.load(tmp_path / "r" / "state.pt", weights_only=True)
@@ -1385,7 +1386,7 @@ def test_two_steps_of_the_loop_written_out(tmp_path):
     host, device = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5 + 2**31)
     noise = schedule.NoiseSchedule()
     t_low = curriculum.cluster_timesteps(noise.log_snr, 3)[-1]
-    for step in range(2):
+    for step in range(4):
         index = data.batch_indices(20_000, step, 4, 5, torch.device("cpu"))
         x_0 = images[index]
         flip = torch.rand(4, 1, 1, 1, generator=device).flatten() < 0.5
@@ -1401,15 +1402,14 @@ def test_two_steps_of_the_loop_written_out(tmp_path):
         loss = F.mse_loss(net(x_t, t, y, active), eps) + 0.1 * lowrank.orthogonality_penalty(net, active)
         loss.backward()
         for group in optimizer.param_groups:
-            group["lr"] = train.learning_rate(step, 0, 0, dict(steps=2, lr=train.TINY["lr"], warmup=100))
+            group["lr"] = train.learning_rate(step, 0, 0, dict(steps=4, lr=train.TINY["lr"], warmup=100))
         optimizer.step(), optimizer.zero_grad()
         decay = min(train.TINY["ema_decay"], (1 + step) / (10 + step))
         average = [decay * a + (1 - decay) * p.detach() for a, p in zip(average, net.parameters())]
     for (name, p), a in zip(net.named_parameters(), average):
         assert torch.allclose(found["model"][name], p, rtol=1e-4, atol=1e-6), name
         assert torch.allclose(found["ema"][name], a, rtol=1e-4, atol=1e-6), name
-    batch_loss = found["losses"] if len(found["losses"]) else None
-    assert batch_loss is None and lines(tmp_path / "r")[-1]["t_low"] == t_low
+    assert lines(tmp_path / "r")[-1]["t_low"] == t_low
 
 
 def test_a_plateau_introduces_a_group(tmp_path, monkeypatch):
