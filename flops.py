@@ -20,8 +20,8 @@ from pathlib import Path
 
 from curriculum import cluster_timesteps
 from data import InputError, Parser, positive_int, run_script
-from model import (PRESETS, Config, LinearLayer, add_model_flags, config_from_flags, linear_layers, parameter_count,
-                   rank_summary)
+from model import (PRESETS, TRAINING, Config, LinearLayer, add_model_flags, config_from_flags, linear_layers,
+                   parameter_count, rank_summary)
 from schedule import T, NoiseSchedule, sampling_timesteps
 
 # ----------------------------------------------------------------------------------------------------
@@ -373,7 +373,8 @@ def main():
         if not args.run:
             tiny = args.model in (None, "tiny")
             config = config_from_flags(args, "tiny", image_size=16 if tiny else 32, num_classes=10)
-            steps, batch, share = (3000, 64, 0.2) if tiny else (800_000, 128, 0.4)  # the defaults of train.py
+            defaults = TRAINING["tiny" if tiny else "DiT"]
+            steps, batch, share = (defaults[name] for name in ("steps", "batch_size", "curriculum_share"))
             steps, batch, groups = args.steps or steps, args.batch_size or batch, args.curriculum_groups
             groups = 10 * config.method.startswith("iso") if groups is None else groups
             share = share if args.curriculum_share is None else args.curriculum_share

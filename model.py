@@ -28,6 +28,12 @@ PRESETS = {
 # small enough to learn `shapes` on two CPU cores in minutes
 PRESETS["tiny"] = dict(depth=3, width=192, heads=6, patch=4, conditioning="shared", dense_mlp_blocks=0)
 
+# how train.py trains them unless told otherwise: the settings of NA-LR D.1, and those of tiny
+TRAINING = {"DiT": dict(steps=800_000, batch_size=128, lr=1e-4, warmup=3000, ema_decay=0.9999, label_dropout=0.1,
+                        guidance=2.0, curriculum_share=0.4, log_every=50, save_every=5000, sample_every=20_000)}
+TRAINING["tiny"] = TRAINING["DiT"] | dict(steps=3000, batch_size=64, lr=2e-3, warmup=100, ema_decay=0.998, guidance=4.0,
+                                          curriculum_share=0.2, log_every=20, save_every=500)
+
 
 @dataclass(frozen=True)
 class Config:

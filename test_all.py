@@ -1061,7 +1061,8 @@ def test_bad_flags_cost_one_line(arguments):
     ("config.json", '{"model": {"wings": 2}, "train": {}}'), ("config.json", '{"model": {}, "train": {"steps": "many"}}'),
     ("config.json", b"\xff\xfe"), ("metrics.jsonl", ""), ("metrics.jsonl", '{"st'), ("metrics.jsonl", "broken\n{}\n"),
     ("metrics.jsonl", '{"step": 4}\n'), ("metrics.jsonl", "[1]\n"), ("metrics.jsonl", '{"step": 0, "flops": 0}\n'),
-    ("metrics.jsonl", '{"step": 5, "flops": NaN}\n'), ("metrics.jsonl", None)], ids=repr)
+    ("metrics.jsonl", '{"step": 5, "flops": NaN}\n'),
+    ("metrics.jsonl", '{"step": 5, "flops": 0}\n'), ("metrics.jsonl", '{"step": 5, "flops": Infinity}\n'), ("metrics.jsonl", None)], ids=repr)
 def test_a_damaged_run_costs_one_line(name, content, tmp_path):
     """Exit status 2, and the line names the file."""
     folder = write_run(tmp_path / "run")
@@ -1861,6 +1862,22 @@ def test_statistics_files(work, tmp_path):
     assert code == 2 and "--features" in err and err.count("\n") == 1
 
 
+def test_adm_reference_files_give_all_figures(work, tmp_path):
+    """They hold the images (`arr_0`) beside the Inception statistics; other features come from the images."""
+    with np.load(work / "b.npz") as file:
+        images = file["images"]
+    np.savez(tmp_path / "adm.npz", arr_0=images, mu=np.zeros(2048), sigma=np.eye(2048))
+    flags = "--features", work / "pixels.pt", "--json"
+    results = [json.loads(run_fid(work, work / "a.npz", reference, *flags)[1]) for reference in (work / "b.npz", tmp_path / "adm.npz")]
+    assert results[0]["frechet_distance"] == results[1]["frechet_distance"] and results[1]["precision"] is not None
+
+
+def test_foreign_arrays_in_statistics_files_do_not_matter(work, tmp_path):
+    np.savez(tmp_path / "s.npz", mu=np.zeros(6), sigma=np.eye(6), features=np.zeros((4, 6)), inception_score=np.ones(3))
+    code, out, err = run_fid(work, work / "a.npz", tmp_path / "s.npz", "--features", work / "pixels.pt", "--json")
+    assert code == 0 and json.loads(out)["frechet_distance"] > 0, err
+
+
 def test_the_reference_is_cached_by_content(work, tmp_path, monkeypatch):
     calls = []
     measure = fid.measure
@@ -1918,6 +1935,10 @@ def test_bad_input_to_fid_is_one_line(work, tmp_path):
             (a, a, broken["shape"], "(N, D)"), (a, a, broken["fails"], "fails on uint8")]:
         code, out, err = run_fid(work, generated, reference, "--features", features)
         assert (code, out) == (2, "") and said in err and err.count("\n") == 1, (code, out, err)
+    code, _, err = run_fid(work, a, a, "--features", broken["nan"], "--num", 20)
+    assert code == 2 and err.count("\n") == 1, err  # no note before the error
+    code, _, err = run_fid(work, a, a, "--features", pixels, "--save-stats", pixels / "x.npz")
+    assert code == 2 and err.count("\n") == 1, err
     assert run_fid(work, a, a, "--features", pixels, "--inception", pixels)[0] == 2
     assert run_fid(work, a, a, "--features", pixels, "--pr-num", -1)[0] == 2
 

@@ -33,7 +33,7 @@ from curriculum import Curriculum, cluster_timesteps
 from data import (DATASETS, InputError, Parser, batch_indices, decode, duration, end_progress, open_source, pick_device,
                   positive_int, read_checkpoint, run_script, show_progress, to_unit, write_then_rename)
 from lowrank import orthogonality_penalty
-from model import PRESETS, Config, DiT, add_model_flags, config_from_flags, parameter_count, rank_summary
+from model import PRESETS, TRAINING, Config, DiT, add_model_flags, config_from_flags, parameter_count, rank_summary
 from sample import draw_images, grid_columns, newest_run, save_grid
 from schedule import T, NoiseSchedule, add_noise
 
@@ -42,11 +42,7 @@ from schedule import T, NoiseSchedule, add_noise
 
 DEVICES, DTYPES = ("auto", "cpu", "cuda", "mps"), (None, "float32", "bfloat16")
 
-# NA-LR D.1
-PAPER = dict(steps=800_000, batch_size=128, lr=1e-4, warmup=3000, ema_decay=0.9999, label_dropout=0.1, guidance=2.0,
-             curriculum_share=0.4, log_every=50, save_every=5000, sample_every=20_000)
-TINY = PAPER | dict(steps=3000, batch_size=64, lr=2e-3, warmup=100, ema_decay=0.998, guidance=4.0, curriculum_share=0.2,
-                    log_every=20, save_every=500)
+PAPER, TINY = TRAINING["DiT"], TRAINING["tiny"]
 
 # What a resumed run may be told anew. Everything else would make it another run.
 # (The dataset may have moved; that it still holds the same images and classes is checked.)
@@ -400,7 +396,7 @@ def main():
         step, pending, spent = step + 1, pending + 1, spent + step_cost(curriculum.t_low)
 
         if pending == s["log_every"] or step == s["steps"]:
-            values = losses[:pending].cpu().double()  # here, and only here, the loop waits for the device
+            values = losses[:pending].cpu().double()  # the one place where the loop waits for the device
             if not torch.isfinite(values).all():
                 raise not_finite(step)
             curriculum.observe(step - pending, values.mean(1).tolist())
