@@ -62,18 +62,15 @@ def run_script(main: Callable[[], None]) -> None:
     and exit status 2, Ctrl-C in 130. Anything else is a bug of ours and keeps its traceback."""
     try:
         main()
-    except InputError as error:
+    except BrokenPipeError:  # `... | head` closed our output: nothing to say, and nobody to say it to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except (InputError, OSError) as error:  # OSError: a file for a folder, a full disk; it names the path
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # `... | head` closed our output: nothing to say, and nobody to say it to
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except OSError as error:  # a folder that is a file, a full disk, a missing permission: it names the path
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def pick_device(name: str) -> torch.device:
