@@ -9,6 +9,29 @@ import math
 
 import torch
 
+# ----------------------------------------------------------------------------------------------------
+# How often each t is drawn when all are in: float64 (T + 1,), summing to 1; entry 0 is 0
+
+
+def uniform(T: int, first: int = 1, last: int | None = None) -> torch.Tensor:
+    """Every t from `first` to `last` (default T) alike."""
+    p = torch.zeros(T + 1, dtype=torch.float64)
+    p[first:(last or T) + 1] = 1
+    return p / p.sum()
+
+
+def speed(T: int, tau: int = 700, k: float = 2.0) -> torch.Tensor:
+    """SpeeD (Wang et al. 2024): t <= tau drawn k times as often as later ones. Their tau belongs to a
+    linear noise schedule."""
+    p = torch.ones(T + 1, dtype=torch.float64)
+    p[0] = 0
+    p[1:tau + 1] = k
+    return p / p.sum()
+
+
+# ----------------------------------------------------------------------------------------------------
+# The curriculum
+
 
 def cluster_timesteps(log_snr: torch.Tensor, n: int) -> list[int]:
     """Cuts t = 1..T into n contiguous groups and returns the first timestep of each. NA-LR B.1, C.3.1.
@@ -47,8 +70,8 @@ def cluster_timesteps(log_snr: torch.Tensor, n: int) -> list[int]:
 
 
 class Curriculum:
-    """The timestep curriculum of NA-LR C.3, a step at a time. With one group it is plain uniform
-    sampling over 1..T, which is what a run without a curriculum uses.
+    """The timestep curriculum of NA-LR C.3, a step at a time. With one group it plainly samples `base`,
+    which is what a run without a curriculum does.
 
     stage:  how many groups have been introduced after the first
     t_low:  the smallest timestep of this stage; the largest is always T
@@ -56,19 +79,22 @@ class Curriculum:
     """
 
     def __init__(self, starts: list[int], T: int, steps: int, share: float = 0.4, patience: int = 200,
-                 alpha: float = 0.05):
-        """starts: first timesteps of the groups, ascending, starts[0] = 1 (`cluster_timesteps`).
+                 alpha: float = 0.05, base: torch.Tensor | None = None, progressive: bool = True):
+        """starts: first timesteps of the groups, ascending (`cluster_timesteps`); base has none before them.
 
         share: the curriculum takes at most this share of all `steps`, so that short runs finish it:
                group j of the N - 1 later ones comes at the latest at step share * steps * j / (N - 1).
                1 switches this rule off. Raises ValueError outside [0, 1].
         patience, alpha: a group also comes when the EMA of the loss (factor alpha, C.3.2) has not
                improved for `patience` steps (C.3.1)
+        base: the chance of each t once all groups are in (default `uniform`)
+        progressive: as C.3.3; False draws from `base` within the groups that are in, as C.3.1
         """
         if not 0 <= share <= 1:
             raise ValueError(f"curriculum share {share} must lie in [0, 1]")
         self.starts, self.T, self.steps = starts, T, steps
         self.share, self.patience, self.alpha = share, patience, alpha
+        self.base, self.progressive = uniform(T) if base is None else base, progressive
         self.stage, self.start = 0, 0
         self._forget_losses()
 
@@ -82,22 +108,29 @@ class Curriculum:
     def probabilities(self) -> torch.Tensor:
         """Progressive uniform sampling (C.3.3): float64 (T + 1,), the chance of each t.
 
-        Timesteps of earlier groups keep the 1/T that they have at the end of the curriculum, so they
-        are not forgotten; the newest group shares the rest equally.
+        Timesteps of earlier groups keep the chance that they have at the end of the curriculum, so they
+        are not forgotten; the newest group shares the rest.
         """
         newest = len(self.starts) - 1 - self.stage
-        t_high = self.starts[newest + 1] - 1 if self.stage else self.T  # of the newest group
-        p = torch.zeros(self.T + 1, dtype=torch.float64)
-        p[t_high + 1:] = 1 / self.T
-        p[self.t_low:t_high + 1] = (1 - (self.T - t_high) / self.T) / (t_high - self.t_low + 1)
+        end = self.starts[newest + 1] if self.stage and self.progressive else self.T + 1  # of the newest group
+        p = self.base.clone()
+        p[:self.t_low] = 0
+        p[self.t_low:end] *= (1 - p[end:].sum()) / p[self.t_low:end].sum()
         return p
 
-    def sample(self, n: int, generator: torch.Generator) -> torch.Tensor:
-        """n timesteps, int64 (n,), on the CPU: the host must know them to choose ranks, and must not
-        ask a device for them."""
-        cumulative = self.probabilities().cumsum(0)
-        cumulative[-1] = 1  # a rounding below 1 would leave the largest draws without a timestep
+    def sample(self, n: int, generator: torch.Generator, stratified: bool = False) -> torch.Tensor:
+        """n timesteps in ascending order, int64 (n,), on the CPU: the host must know them to choose ranks,
+        and must not ask a device for them. (Images come in random order, so that of t is free; sorted,
+        samples of similar rank lie side by side.)
+
+        stratified: one draw in each of n equal strata of the cumulative distribution. Each t is as likely
+        as before, but every batch covers all noise levels, so its cost and its loss vary less.
+        """
+        p = self.probabilities()
+        cumulative = p.cumsum(0)
+        cumulative[p.nonzero()[-1]:] = 2  # a rounding below 1 would leave the largest draws without a timestep
         u = torch.rand(n, dtype=torch.float64, generator=generator)
+        u = (torch.arange(n) + u) / n if stratified else u.sort().values
         return torch.searchsorted(cumulative, u, right=True)
 
     def observe(self, first_step: int, losses: list[float]) -> None:

@@ -10,6 +10,7 @@ said in one line by `InputError`; the scripts' common command-line habits stand 
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import io
@@ -26,6 +27,7 @@ from typing import Callable
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -71,6 +73,9 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def pick_device(name: str) -> torch.device:
@@ -82,6 +87,40 @@ def pick_device(name: str) -> torch.device:
         usable = ", ".join(kind for kind, there in available.items() if there)
         raise InputError(f"--device {name} is not available on this machine; use one of: auto, {usable}")
     return torch.device(name)
+
+
+def start_processes(device: torch.device) -> tuple[int, int, torch.device]:
+    """(number of this process, how many there are, its device). Alone unless torchrun started us, which
+    says so in the environment. Only process 0 speaks: the others' stdout goes nowhere."""
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if rank:
+            sys.stdout = open(os.devnull, "w")
+    return rank, world, device
+
+
+@contextlib.contextmanager
+def first_process_first(rank: int, world: int):
+    """What process 0 downloads or caches inside, the others then find. No process waits when alone."""
+    if rank:
+        dist.barrier()
+    yield
+    if world > 1 and not rank:
+        dist.barrier()
+
+
+def gather(x, world: int) -> list:
+    """What each process holds, in the order of their numbers, on all of them."""
+    if world == 1:
+        return [x]
+    everyones = [None] * world
+    dist.all_gather_object(everyones, x)
+    return everyones
 
 
 def write_then_rename(path: Path, write: Callable[[io.BufferedWriter], None]) -> None:

@@ -18,10 +18,12 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from curriculum import cluster_timesteps
+import torch
+
+from curriculum import Curriculum, cluster_timesteps
 from data import InputError, Parser, positive_int, run_script
-from model import (PRESETS, TRAINING, Config, LinearLayer, add_model_flags, config_from_flags, linear_layers,
-                   parameter_count, rank_summary)
+from model import (PRESETS, TRAINING, Config, LinearLayer, add_model_flags, chunk_batch, config_from_flags,
+                   linear_layers, parameter_count, rank_summary)
 from schedule import T, NoiseSchedule, sampling_timesteps
 
 # ----------------------------------------------------------------------------------------------------
@@ -38,16 +40,17 @@ class Convention:
     pass_at_0: bool  # a sampler of n steps evaluates the model at the final t = 0, too: n + 1 passes
     exact_backward: bool  # a layer whose input is data has no input gradient; else backward is 2 x forward
     pixel_layers_in_training: bool  # the patch convolution and the last projection (tokens to pixels)
+    merge: bool  # a sampler multiplies by the dense W_k where that costs less (lowrank.Merged)
 
 
 # every matrix product and nothing elementwise: half of what torch.utils.flop_counter reports
 OURS = Convention(attention_products=True, layer_norm=0, unpatchify=False, embedder_0_again=False, pass_at_0=False,
-                  exact_backward=True, pixel_layers_in_training=True)
+                  exact_backward=True, pixel_layers_in_training=True, merge=True)
 # Worked out from the printed figures, which it reproduces to the last digit. fvcore, the paper's counter
 # (D.2), has no rule for fused attention and does count layer norm and the einsum that un-patchifies. Of
 # training, both pixel layers left out fit all three figures; the patch convolution alone would give 1.678e18.
 PAPER = Convention(attention_products=False, layer_norm=4, unpatchify=True, embedder_0_again=True, pass_at_0=True,
-                   exact_backward=False, pixel_layers_in_training=False)
+                   exact_backward=False, pixel_layers_in_training=False, merge=False)
 
 # ----------------------------------------------------------------------------------------------------
 # Counting
@@ -74,10 +77,15 @@ def channels(config: Config, t: int) -> dict[int, int]:
     return {r: phi[t] for r, phi in _phi(config).items()}
 
 
-def products(config: Config, k: dict[int, int] | None = None, convention: Convention = OURS) -> tuple[int, int]:
+def products(config: Config, k: dict[int, int] | None = None, convention: Convention = OURS, merge: bool = False,
+             k_vectors: dict[int, int] | None = None) -> tuple[int, int]:
     """Multiply-adds for one image: (forward, forward and backward). NA-LR Eq. (6) for each layer.
 
-    k: {r_max: channels computed}; None for all. In the backward pass a layer makes two products of the
+    k: {r_max: channels computed}; None for all
+    merge: layers multiply by the dense W_k where that is less
+    k_vectors: the k of layers that see one vector a sample, where it is another (sorted execution)
+
+    In the backward pass a layer makes two products of the
     forward pass's size: the gradients of its weight and of its input.
     """
     d, tokens = config.width, config.tokens
@@ -86,8 +94,10 @@ def products(config: Config, k: dict[int, int] | None = None, convention: Conven
     parts = [(tokens * d * config.channels * config.patch**2, from_data * pixels)]  # patch convolution
     for layer, copies in _layers(config).items():
         runs = 2 if convention.embedder_0_again and layer.name.startswith("embedders.0.") else copies
-        r = layer.rank if k is None or layer.rank is None else k[layer.rank]
-        sizes = (layer.n * layer.m,) if r is None else (layer.n * r, r * layer.m)  # V^T x, then U h
+        k_layer = k_vectors if k_vectors and layer.rows == 1 else k
+        r = layer.rank if k is None or layer.rank is None else k_layer[layer.rank]
+        dense = r is None or (merge and r * (layer.n + layer.m) > layer.n * layer.m)
+        sizes = (layer.n * layer.m,) if dense else (layer.n * r, r * layer.m)  # V^T x, then U h
         for i, size in enumerate(sizes):
             in_training = from_data if layer.no_input_grad and i == 0 else 3
             parts.append((layer.rows * runs * size, in_training * (pixels or layer.name != "final_out")))
@@ -99,25 +109,47 @@ def products(config: Config, k: dict[int, int] | None = None, convention: Conven
     return sum(size for size, _ in parts), sum(size * times for size, times in parts)
 
 
-def forward(config: Config, k: dict[int, int] | None = None, convention: Convention = OURS) -> int:
-    """Multiply-adds of one forward pass for one image; k = {r_max: channels}, None for all of them."""
-    return products(config, k, convention)[0]
+def forward(config: Config, k: dict[int, int] | None = None, convention: Convention = OURS, merge: bool = False) -> int:
+    """Multiply-adds of one forward pass for one image; arguments as `products`."""
+    return products(config, k, convention, merge)[0]
 
 
-def train_step(config: Config, batch_size: int, k: dict[int, int] | None = None, penalty: bool = True,
+def train_step(config: Config, batch_size: int, k: dict[int, int] | None = None, penalty: int = 1,
                convention: Convention = OURS) -> int:
     """Multiply-adds of forward and backward for a batch whose layers compute k[r_max] channels for
     every sample (masks inside them save nothing); k = None for all channels.
 
-    penalty: with `lowrank.orthogonality_penalty`, whose Gram matrix costs k x k x m for each factor
-    (k, m), and its gradient the same again.
+    penalty: how many processes compute `lowrank.orthogonality_penalty`, 0 for none. Its Gram matrix costs
+    k x k x m for each factor (k, m), and its gradient the same again.
     """
-    total = batch_size * products(config, k, convention)[1]
-    if penalty:
-        for layer, copies in _layers(config).items():
-            if layer.rank is not None:
-                r = layer.rank if k is None else k[layer.rank]
-                total += copies * 2 * r * r * (layer.n + layer.m)
+    return batch_size * products(config, k, convention)[1] + penalty * _penalty(config, k)
+
+
+def _penalty(config: Config, k: dict[int, int] | None) -> int:
+    total = 0
+    for layer, copies in _layers(config).items():
+        if layer.rank is not None:
+            r = layer.rank if k is None else k[layer.rank]
+            total += copies * 2 * r * r * (layer.n + layer.m)
+    return total
+
+
+@functools.cache
+def _sorted_sample(config: Config, t: int, t_low: int) -> int:
+    return products(config, channels(config, t), k_vectors=channels(config, t_low))[1]
+
+
+def sorted_step(config: Config, t: list[int], t_low: int = 1, penalty: int = 1, processes: int = 1) -> int:
+    """Multiply-adds of forward and backward for the batch of timesteps t, ascending, in sorted execution:
+    every sample computes Phi of its chunk's first t; layers that see one vector a sample, Phi(t_low).
+
+    processes: they share the batch out in turn, and each cuts chunks of its own
+    """
+    total = penalty * _penalty(config, channels(config, t_low))
+    for part in (t[i::processes] for i in range(processes)):
+        chunks = chunk_batch(config, part)
+        for (first, t_first), (end, _) in zip(chunks, chunks[1:] + [(len(part), 0)]):
+            total += (end - first) * _sorted_sample(config, t_first, t_low)
     return total
 
 
@@ -125,27 +157,46 @@ def train_step(config: Config, batch_size: int, k: dict[int, int] | None = None,
 def sampling(config: Config, steps: int = 100, guidance: bool = False, convention: Convention = OURS) -> int:
     """Multiply-adds of sampling one image, each pass sliced to its Phi(t). NA-LR Eq. (5).
 
-    guidance: classifier-free guidance, two passes a step.
+    guidance: classifier-free guidance, two passes a step. Timestep and label layers count for every
+    image, though a batch computes them once; `merging` is not included, for all images of a batch share it.
     """
     visited = sampling_timesteps(steps)
     passes = visited if convention.pass_at_0 else visited[:-1]
     equal = Counter(tuple(channels(config, t).items()) for t in passes)  # many timesteps share their ranks
-    return (2 if guidance else 1) * sum(n * forward(config, dict(k), convention) for k, n in equal.items())
+    per_image = sum(n * forward(config, dict(k), convention, convention.merge) for k, n in equal.items())
+    return (2 if guidance else 1) * per_image
+
+
+def merging(config: Config) -> int:
+    """Multiply-adds of `lowrank.Merged` in a sampling run of a batch: each layer that ever has more than
+    m n / (m + n) channels multiplies its r_max channels once."""
+    return sum(copies * layer.n * layer.m * layer.rank for layer, copies in _layers(config).items()
+               if layer.rank is not None and layer.rank * (layer.n + layer.m) > layer.n * layer.m)
 
 
 def training_run(config: Config, steps: int, batch_size: int, stages: list[tuple[int, int]] = (),
-                 penalty: bool = True, convention: Convention = OURS) -> int:
+                 penalty: bool = True, convention: Convention = OURS, execution: str = "mask") -> int:
     """Multiply-adds of a training run of `steps` steps.
 
     stages: (number of steps, t_low) of each curriculum stage; a stage computes Phi(t_low) channels. The
     steps that no stage takes have t_low = 1, as the whole run has without a curriculum. Raises ValueError
     when the stages take more than `steps`.
+    execution: 'sorted' counts for every step of a stage what its typical batch costs, whose timesteps are
+    the middles of `batch_size` equal strata; random batches cost a little more or less.
     """
     rest = steps - sum(n for n, _ in stages)
     if rest < 0:
         raise ValueError(f"the curriculum's stages take {steps - rest} steps of a run of {steps}")
-    return sum(n * train_step(config, batch_size, channels(config, t_low), penalty, convention)
-               for n, t_low in [*stages, (rest, 1)])
+    plan = [*stages, (rest, 1)]
+    if execution == "mask" or config.rank_schedule() is None:
+        return sum(n * train_step(config, batch_size, channels(config, t_low), penalty, convention)
+                   for n, t_low in plan)
+    curriculum, total = Curriculum(sorted(t_low for _, t_low in plan), T, steps), 0
+    for curriculum.stage, (n, t_low) in enumerate(plan):
+        middles = (torch.arange(batch_size, dtype=torch.float64) + 0.5) / batch_size
+        t = torch.searchsorted(curriculum.probabilities().cumsum(0), middles).clamp(max=T)
+        total += n * sorted_step(config, t.tolist(), t_low, penalty)
+    return total
 
 
 @functools.cache
@@ -274,23 +325,26 @@ def read_run(folder: Path) -> tuple[Config, dict, int, int]:
         raise InputError(f"{path} is not as train.py writes it ({error!r})") from None
     if min(done, spent) < 1:
         raise InputError(f"{path} has no complete line yet; wait until the run has logged its first steps")
+    train["rank_execution"] = saved["train"].get("rank_execution", "mask")
     return config, train, done, spent
 
 
 def compare(config: Config, steps: int, batch_size: int, penalty: bool, sampling_steps: int,
-            training: int) -> list[dict]:
+            training: int, execution: str) -> list[dict]:
     """The model and what it is measured against: parameters, multiply-adds of a forward pass with all
     channels, of sampling an image without and with guidance (None if unconditional), of training for
     `steps` steps. `training` is that of the model itself, with its curriculum."""
     models = {"this model": config}
     if config.method.startswith("iso"):
+        models |= {"masked": config} if execution == "sorted" else {}  # neither sorted nor with a curriculum
         models |= {"no curriculum": config, "static": replace(config, method="static")}
     if config.method != "full":
         models["full"] = replace(config, method="full")
     rows = []
     for name, c in models.items():
         guided = sampling(c, sampling_steps, guidance=True) if c.num_classes else None
-        spent = training_run(c, steps, batch_size, penalty=penalty) if rows else training
+        how = "mask" if name == "masked" else execution
+        spent = training_run(c, steps, batch_size, penalty=penalty, execution=how) if rows else training
         rows.append(dict(name=name, params=parameter_count(c), forward=forward(c), sampling=sampling(c, sampling_steps),
                          sampling_guided=guided, training=spent))
     for row in rows:  # what the model itself saves against this row
@@ -328,9 +382,9 @@ def chart(config: Config, name: str | None) -> list[str]:
     if config.rank_schedule() is None:
         return [f"every t costs the same: {amount(forward(config))} multiply-adds a forward pass"]
     layer = low_rank[name] if name else max(low_rank.values(), key=lambda layer: layer.rank)
-    lines = [f"   t  {f'active rank of {layer.name}, of {layer.rank}':37}  multiply-adds of a forward pass"]
+    lines = [f"   t  {f'active rank of {layer.name}, of {layer.rank}':37}  multiply-adds of a sampler's pass"]
     for t in CHART_T:
-        k, cost = channels(config, t)[layer.rank], forward(config, channels(config, t))
+        k, cost = channels(config, t)[layer.rank], forward(config, channels(config, t), merge=True)
         rank_bar, cost_bar = ("#" * round(24 * share) for share in (k / layer.rank, cost / forward(config)))
         lines.append(f"{t:4d}  {rank_bar:.<24} {k:5d} {k / layer.rank:5.0%}   {cost_bar:.<24} {amount(cost):>9}")
     return lines
@@ -355,6 +409,7 @@ def main():
     add("--orthogonality", type=float, default=1e-4, metavar="F", help="0 leaves the penalty out [1e-4]")
     add("--curriculum-groups", type=int, metavar="N", help="0 = off [10 for iso-*, else 0]")
     add("--curriculum-share", type=float, metavar="F", help="of the steps, over which the groups come [0.2, 0.4]")
+    add("--rank-execution", choices=("mask", "sorted"), help="how training runs the masks [mask, sorted]")
     add("--sampling-steps", type=positive_int, default=100, metavar="N", help="also with --run [100]")
     add("--layer", metavar="NAME", help="whose rank the chart shows, e.g. blocks.0.q; also with --run")
     args = parser.parse_args()
@@ -365,7 +420,7 @@ def main():
         return
     if args.run:
         config, train, steps, spent = read_run(args.run)
-        batch, penalty = train["batch_size"], train["orthogonality"] > 0
+        batch, penalty, execution = train["batch_size"], train["orthogonality"] > 0, train["rank_execution"]
         title = f"{args.run}: {steps:,} of {train['steps']:,} steps done, {amount(spent)} multiply-adds spent"
     if not args.orthogonality >= 0:
         parser.error(f"orthogonality {args.orthogonality} must not be negative")
@@ -379,21 +434,25 @@ def main():
             groups = 10 * config.method.startswith("iso") if groups is None else groups
             share = share if args.curriculum_share is None else args.curriculum_share
             stages, penalty = longest_curriculum(steps, groups, share), args.orthogonality > 0
-            spent = training_run(config, steps, batch, stages, penalty)
+            execution = args.rank_execution or defaults["rank_execution"]
+            spent = training_run(config, steps, batch, stages, penalty, execution=execution)
             keep = "" if config.method == "full" else f" keep {config.keep:g}"
             title = f"{args.model or 'tiny'}, {config.method}{keep}"
-        rows = compare(config, steps, batch, penalty, args.sampling_steps, spent)
+        rows = compare(config, steps, batch, penalty, args.sampling_steps, spent, execution)
     except ValueError as error:
         parser.error(str(error))
     picture = chart(config, args.layer)
     if args.json:
-        by_t = [dict(t=t, channels=channels(config, t), forward=forward(config, channels(config, t))) for t in CHART_T]
+        by_t = [dict(t=t, channels=channels(config, t), forward=forward(config, channels(config, t), merge=True))
+                for t in CHART_T]
         print(json.dumps(dict(run=args.run and str(args.run), config=asdict(config), steps=steps, batch_size=batch,
-                              penalty=penalty, sampling_steps=args.sampling_steps, models=rows, by_t=by_t), indent=1))
+                              penalty=penalty, rank_execution=execution, merging=merging(config), sampling_steps=args.sampling_steps, models=rows, by_t=by_t), indent=1))
         return
     print(f"{title}; {config.channels}x{config.image_size}x{config.image_size}, {config.num_classes} classes")
     for line in rank_summary(config):
         print(line)
+    if merging(config):
+        print(f"sampling multiplies by merged weights where they cost less; merging costs {amount(merging(config))} a batch")
     print_comparison(rows, steps, args.sampling_steps)
     print("", *picture, sep="\n")
 

@@ -7,13 +7,18 @@ to every layer as the argument `active`:
     {r_max: k}           slicing, Eq. (5): the first k channels, for a batch that shares one t
     {r_max: mask (B,k)}  masking, Eq. (3), (4), inside the first k channels: sample i uses the channels
                          where mask[i] is 1; k is what the neediest sample may need
+    {r_max: Sorted}      the same result for a batch in ascending order of t, without most of the products
+                         that masking multiplies by zero: see "Sorted execution"
+    {layer: W (m,n)}     beside the others: this layer multiplies by a dense W_k, see `Merged`
 
 The key is the layer's own r_max, because layers of different shapes have different ranks. Nothing is
 stored on a module, so passes with different ranks can share one model.
 """
 
 from collections import defaultdict
+from typing import NamedTuple, Optional
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -46,7 +51,18 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x, active=None):
         """x (B, ..., n) -> (B, ..., m), with the channels that `active` allows (see the top)."""
-        channels = self.rank if active is None else active[self.rank]
+        if active is None:
+            channels = self.rank
+        elif self in active:
+            return F.linear(x, active[self], self.bias)
+        else:
+            channels = active[self.rank]
+        if isinstance(channels, Sorted):
+            if x.dim() > 2 and x.shape[1] > 1:
+                return sorted_low_rank(x, self.U, self.V, self.bias, channels)
+            # One vector a sample: what takes time is reading the weights, and every chunk would read them
+            # again; such layers are a hundredth of the multiply-adds.
+            channels = channels.mask
         masked = isinstance(channels, torch.Tensor)
         U, V = self.first(channels.shape[1] if masked else channels)
         h = F.linear(x, V)  # (B, ..., k)
@@ -70,6 +86,141 @@ class LowRankLinear(nn.Module):
 
 def low_rank_layers(model: nn.Module) -> list[LowRankLinear]:
     return [layer for layer in model.modules() if isinstance(layer, LowRankLinear)]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Sorted execution: exact slicing in training, without a curriculum
+#
+# Masking multiplies every sample by all k channels and then throws some of the result away. In a batch in
+# ascending order of t, ranks descend: cut it into a few chunks, and each needs only the channels of its
+# first sample. The masks inside a chunk make the result exactly that of masking.
+
+
+class Sorted(NamedTuple):
+    """mask: float (B, k), as in masking. chunks: int64 (C, 2) on the CPU, for each chunk its first
+    sample and how many channels it computes; a tensor, because torch.compile would compile anew for
+    every list of numbers."""
+    mask: torch.Tensor
+    chunks: torch.Tensor
+
+
+def cut(cost: list[int], slack: float = 0.035, places: int = 64) -> list[int]:
+    """Where to cut a sorted batch: the first samples of as few chunks as possible, whose total cost is
+    at most (1 + slack) times what the samples themselves need, or else as low as `places` allow.
+
+    cost: of each sample, falling; a chunk costs each of its samples what its first one costs
+    places: cuts are tried at so many evenly spaced samples, so that large batches are cut fast, too
+    """
+    cost = np.asarray(cost, dtype=np.float64)
+    B = len(cost)
+    at = np.unique(np.linspace(0, B, min(B, places) + 1).round().astype(int))  # from 0 to B
+    one = cost[at[:-1], None] * (at[None, 1:] - at[:-1, None])  # one[i, j]: a chunk from at[i] to at[j + 1]
+    one = np.where(one > 0, one, np.inf)
+    best, before = one[0], []  # best[j]: the cheapest way to cover samples 0..at[j + 1] with so many chunks
+    while best[-1] > (1 + slack) * cost.sum() and len(before) < len(at) - 2:
+        total = best[:-1, None] + one[1:]
+        before.append(total.argmin(0) + 1)
+        best = total.min(0)
+    last, first = len(at) - 2, []
+    for choice in reversed(before):
+        first.append(int(choice[last]))
+        last = first[-1] - 1
+    return [0] + [int(at[i]) for i in reversed(first)]
+
+
+def _blocks(chunks: torch.Tensor, B: int, rows: int):
+    """For each chunk: its slice of the batch, its slice of the B * rows vectors, its channels k, and its
+    slice of a flat buffer into which the (k, vectors) blocks of all chunks are packed. (Channels first:
+    a CPU's vector units then run along the many vectors, not along a k that fits them badly.)"""
+    offset = 0
+    chunks = chunks.tolist()
+    for (a, k), (b, _) in zip(chunks, chunks[1:] + [(B, 0)]):
+        size = (b - a) * rows * k
+        yield slice(a, b), slice(a * rows, b * rows), k, slice(offset, offset + size)
+        offset += size
+
+
+@torch.library.custom_op("nalr::sorted_forward", mutates_args=())
+def _sorted_forward(x: torch.Tensor, U: torch.Tensor, V: torch.Tensor, bias: Optional[torch.Tensor],
+                    mask: torch.Tensor, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (B, rows, n) -> y (B, rows, m) and the masked V^T x of all chunks, packed (for the backward pass).
+    Every product is written where it belongs: no padding to r_max, nothing concatenated."""
+    B, rows, n = x.shape
+    x = x.reshape(B * rows, n)
+    y = x.new_empty(B * rows, U.shape[1])
+    packed = x.new_empty(B * rows * mask.shape[1])
+    for samples, vectors, k, block in _blocks(chunks, B, rows):
+        h = packed[block].view(k, -1)
+        torch.mm(V[:k], x[vectors].t(), out=h)
+        h.view(k, -1, rows).mul_(mask[samples, :k].t()[:, :, None])
+        if bias is None:
+            torch.mm(h.t(), U[:k], out=y[vectors])
+        else:
+            torch.addmm(bias, h.t(), U[:k], out=y[vectors])
+    return y.view(B, rows, -1), packed
+
+
+@torch.library.custom_op("nalr::sorted_backward", mutates_args=())
+def _sorted_backward(grad: torch.Tensor, x: torch.Tensor, packed: torch.Tensor, U: torch.Tensor, V: torch.Tensor,
+                     mask: torch.Tensor, chunks: torch.Tensor, input_grad: bool) -> tuple[
+                         torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x (empty unless input_grad), U and V. The first chunk has the most channels: it
+    writes its rows of the two factors' gradients, the others add to theirs, and only rows that no chunk
+    computes are filled with zeros."""
+    B, rows, n = x.shape
+    x, grad = x.reshape(B * rows, n), grad.reshape(B * rows, -1)
+    dx = torch.empty_like(x) if input_grad else x.new_empty(0)
+    dU, dV = torch.empty_like(U), torch.empty_like(V)
+    blocks = list(_blocks(chunks, B, rows))
+    scratch = x.new_empty(max(block.stop - block.start for *_, block in blocks))  # small, so it stays in the cache
+    for samples, vectors, k, block in blocks:
+        h = packed[block].view(k, -1)
+        dh = scratch[:h.numel()].view(k, -1)
+        torch.mm(U[:k], grad[vectors].t(), out=dh)
+        dh.view(k, -1, rows).mul_(mask[samples, :k].t()[:, :, None])
+        if input_grad:
+            torch.mm(dh.t(), V[:k], out=dx[vectors])
+        if samples.start == 0:
+            torch.mm(h, grad[vectors], out=dU[:k])
+            torch.mm(dh, x[vectors], out=dV[:k])
+            dU[k:], dV[k:] = 0, 0
+        else:
+            dU[:k].addmm_(h, grad[vectors])
+            dV[:k].addmm_(dh, x[vectors])
+    return dx.view(B, rows, n) if input_grad else dx, dU, dV
+
+
+@_sorted_forward.register_fake
+def _(x, U, V, bias, mask, chunks):
+    B, rows, _ = x.shape
+    return x.new_empty(B, rows, U.shape[1]), x.new_empty(B * rows * mask.shape[1])
+
+
+@_sorted_backward.register_fake
+def _(grad, x, packed, U, V, mask, chunks, input_grad):
+    return x.new_empty(x.shape if input_grad else 0), torch.empty_like(U), torch.empty_like(V)
+
+
+def _save(ctx, inputs, output):
+    x, U, V, _, mask, chunks = inputs
+    ctx.save_for_backward(x, output[1], U, V, mask, chunks)
+
+
+def _backward(ctx, grad, _):
+    wants_x, _, _, wants_bias, _, _ = ctx.needs_input_grad
+    dx, dU, dV = _sorted_backward(grad, *ctx.saved_tensors, wants_x)
+    return dx if wants_x else None, dU, dV, grad.sum((0, 1)) if wants_bias else None, None, None
+
+
+_sorted_forward.register_autograd(_backward, setup_context=_save)
+
+
+def sorted_low_rank(x, U, V, bias, active: Sorted):
+    """x (B, rows, n) -> (B, rows, m), chunk by chunk; gradients for x, U, V and bias."""
+    if torch.is_autocast_enabled(x.device.type):  # autocast does not look into our own operators
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, U, V, bias = (a if a is None else a.to(dtype) for a in (x, U, V, bias))
+    return _sorted_forward(x, U, V, bias, active.mask.to(x.dtype), active.chunks)[0]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -119,8 +270,9 @@ def factorise(model: nn.Module, ranks: dict[str, int], initialise: bool = True) 
 
 
 def widths(active) -> dict[int, int]:
-    """{r_max: k}, the channels that are computed, of any `active` but None."""
-    return {r: c.shape[1] if isinstance(c, torch.Tensor) else c for r, c in active.items()}
+    """{r_max: k}, the most channels that a sample may use, of any `active` but None."""
+    masks = {r: c.mask if isinstance(c, Sorted) else c for r, c in active.items()}
+    return {r: c.shape[1] if isinstance(c, torch.Tensor) else c for r, c in masks.items()}
 
 
 def masks(phi: dict[int, torch.Tensor], k: dict[int, int]) -> dict[int, torch.Tensor]:
@@ -159,3 +311,34 @@ def orthogonality_penalty(model: nn.Module, active=None) -> torch.Tensor:
         # backward pass saves a product. The value stays what the formula says.
         total = total + 2 * penalty - penalty.detach()
     return total
+
+
+# ----------------------------------------------------------------------------------------------------
+# Sampling: above the rank m n / (m + n) one dense product costs less than two thin ones
+
+
+class Merged:
+    """The dense W_k = U_k V_k^T of those layers whose k is above that rank, for a sampler that goes
+    through the timesteps. Called with `active`, {r_max: k}, it returns it with {layer: W_k} added.
+
+    k grows from step to step, and W_k with it, by the new channels' products alone: a whole sampling run
+    merges each layer once. The weights must not change meanwhile.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.layers = low_rank_layers(model)
+        self.k, self.W = dict.fromkeys(self.layers, 0), {}
+
+    def __call__(self, active: dict) -> dict:
+        merged = {}
+        for layer in self.layers:
+            k, have, (n, m) = active[layer.rank], self.k[layer], (layer.V.shape[1], layer.U.shape[1])
+            if k * (m + n) <= m * n:
+                continue
+            if layer not in self.W or k < have:
+                self.W[layer], have = layer.U.new_zeros(m, n), 0
+            if k > have:
+                self.W[layer].addmm_(layer.U[have:k].t(), layer.V[have:k])
+            self.k[layer] = k
+            merged[layer] = self.W[layer]
+        return active | merged

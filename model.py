@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lowrank import Linear, factorise, masks
+from lowrank import Linear, Sorted, cut, factorise, masks
 from schedule import T, RankSchedule, base_rank, iso_compute_rank
 
 METHODS = ("full", "static", "iso-compute", "iso-param")
@@ -30,9 +30,10 @@ PRESETS["tiny"] = dict(depth=3, width=192, heads=6, patch=4, conditioning="share
 
 # how train.py trains them unless told otherwise: the settings of NA-LR D.1, and those of tiny
 TRAINING = {"DiT": dict(steps=800_000, batch_size=128, lr=1e-4, warmup=3000, ema_decay=0.9999, label_dropout=0.1,
-                        guidance=2.0, curriculum_share=0.4, log_every=50, save_every=5000, sample_every=20_000)}
+                        guidance=2.0, curriculum_share=0.4, rank_execution="sorted", log_every=50, save_every=5000,
+                        sample_every=20_000)}
 TRAINING["tiny"] = TRAINING["DiT"] | dict(steps=3000, batch_size=64, lr=2e-3, warmup=100, ema_decay=0.998, guidance=4.0,
-                                          curriculum_share=0.2, log_every=20, save_every=500)
+                                          curriculum_share=0.2, rank_execution="mask", log_every=20, save_every=500)
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Config:
     rank_profile: str = "logistic"
     rho_min: float = 0.4
     warm_start: float = 0.1
+    rank_multiple: int = 1
     conditioning: str = "per-block"
     dense_mlp_blocks: int = 1
     factorise: str = "all"
@@ -83,7 +85,7 @@ class Config:
 
     def rank_schedule(self) -> RankSchedule | None:
         """Phi(t) of this model; None where every timestep uses all channels."""
-        schedule = RankSchedule(self.rank_profile, self.rho_min, self.warm_start)
+        schedule = RankSchedule(self.rank_profile, self.rho_min, self.warm_start, multiple=self.rank_multiple)
         return schedule if self.method.startswith("iso") else None
 
     @property
@@ -139,6 +141,21 @@ def linear_layers(config: Config) -> tuple[LinearLayer, ...]:
     layers.append(LinearLayer("final_adaln", d, 2 * d, 1))
     layers.append(LinearLayer("final_out", d, config.patch**2 * config.channels, rows))
     return tuple(layers)
+
+
+@functools.cache
+def rank_cost(config: Config) -> list[int]:
+    """Multiply-adds of the forward pass of all low-rank layers for one sample at each t, by index."""
+    schedule, cost = config.rank_schedule(), torch.zeros(T + 1, dtype=torch.int64)
+    for layer in linear_layers(config):
+        if layer.rank is not None:
+            cost += layer.rows * (layer.n + layer.m) * (schedule.table(layer.rank) if schedule else layer.rank)
+    return cost.tolist()
+
+
+def chunk_batch(config: Config, t: list[int]) -> list[tuple[int, int]]:
+    """For sorted execution: (first sample, its t) of each chunk of a batch whose timesteps t ascend."""
+    return [(first, t[first]) for first in cut([rank_cost(config)[t_i] for t_i in t])]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -202,9 +219,10 @@ class Block(nn.Module):
         self.q, self.k, self.v, self.out = (Linear(width, width) for _ in range(4))
         self.mlp_in, self.mlp_out = Linear(width, 4 * width), Linear(4 * width, width)
 
-    def forward(self, x, c, active=None):
+    def forward(self, x, condition, active=None):
+        """x (B, N, D); condition (B, 1, 6D), what `adaln` makes of timestep and label (`DiT.condition`)."""
         B, N, D = x.shape
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.adaln(c, active)[:, None].chunk(6, dim=2)  # (B, 1, D)
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = condition.chunk(6, dim=2)  # (B, 1, D)
         h = modulate(x, shift_1, scale_1)  # (B, N, D)
         q, k, v = (layer(h, active).view(B, N, self.heads, D // self.heads).transpose(1, 2)  # (B, heads, N, D/heads)
                    for layer in (self.q, self.k, self.v))
@@ -261,19 +279,24 @@ class DiT(nn.Module):
         for layer in [block.adaln for block in self.blocks] + [self.final_adaln, self.final_out]:
             nn.init.zeros_(layer.weight)
 
-    def active_ranks(self, t: int | torch.Tensor, t_low: int = 1):
+    def active_ranks(self, t: int | torch.Tensor, t_low: int = 1, chunks: list[tuple[int, int]] | None = None):
         """The `active` argument (lowrank.py) for timestep t; None for a model without a rank schedule.
 
         int t: slicing, for a batch that shares t.
         t int64 (B,): a mask per sample; channels beyond Phi(t_low), which no t >= t_low uses, are
         sliced away. t_low is an int so that no device has to be asked.
+        chunks: from `chunk_batch`, for sorted execution of a batch whose t ascend.
         """
         if self.rank_schedule is None:
             return None
         if not isinstance(t, torch.Tensor):
             return {r: self.rank_schedule.active(t, r) for r in self.ranks}
         phi = self.phi[:, t.to(self.phi.device)]  # (len(ranks), B)
-        return masks(dict(zip(self.ranks, phi)), {r: self.rank_schedule.active(t_low, r) for r in self.ranks})
+        active = masks(dict(zip(self.ranks, phi)), {r: self.rank_schedule.active(t_low, r) for r in self.ranks})
+        if chunks is None:
+            return active
+        return {r: Sorted(mask, torch.tensor([(first, self.rank_schedule.active(t_first, r)) for first, t_first in chunks]))
+                for r, mask in active.items()}
 
     def forward(self, x, t, y, active=None):
         """x (B, C, H, W) float, t int64 (B,) in 1..T, y int64 (B,) in 0..num_classes, where
@@ -283,13 +306,23 @@ class DiT(nn.Module):
         """
         if active is None:
             active = self.active_ranks(t)
-        t_emb = timestep_embedding(t).to(x.dtype)  # (B, 256)
+        return self.denoise(x, self.condition(t, y, active), active)
+
+    def condition(self, t, y, active=None) -> list[torch.Tensor]:
+        """What t and y say to each block and to the final layer, before any image is seen: shifts, scales
+        and gates (B, 1, 6D) for each block, shift and scale (B, 1, 2D) for the final layer."""
+        t_emb = timestep_embedding(t).to(self.position.dtype)  # (B, 256)
         c = [embedder(t_emb, y, active) for embedder in self.embedders]  # each (B, D)
+        blocks = [block.adaln(c[i % len(c)], active)[:, None] for i, block in enumerate(self.blocks)]
+        # with an embedder in every block, the published model takes the first one's vector at the end
+        return [*blocks, self.final_adaln(c[0])[:, None]]
+
+    def denoise(self, x, conditions: list[torch.Tensor], active=None):
+        """The rest of the forward pass: x (B, C, H, W) -> eps_hat (B, C, H, W)."""
         h = self.patchify(x).flatten(2).transpose(1, 2) + self.position  # (B, N, D)
-        for i, block in enumerate(self.blocks):
-            h = block(h, c[i % len(c)], active)  # (B, N, D)
-        # with an embedder in every block, the published model takes the first one's vector here
-        shift, scale = self.final_adaln(c[0])[:, None].chunk(2, dim=2)  # (B, 1, D)
+        for block, condition in zip(self.blocks, conditions):
+            h = block(h, condition, active)  # (B, N, D)
+        shift, scale = conditions[-1].chunk(2, dim=2)  # (B, 1, D)
         h = self.final_out(modulate(h, shift, scale))  # (B, N, p*p*C)
         p, side = self.config.patch, self.config.image_size // self.config.patch
         h = h.view(-1, side, side, p, p, self.config.channels)
@@ -324,6 +357,8 @@ def add_model_flags(parser) -> None:
     group.add_argument("--rho-min", type=float, metavar="F",
                        help="smallest share of r_max that is active (default 0.4)")
     group.add_argument("--warm-start", type=float, metavar="F", help="share of t that always has r_max (default 0.1)")
+    group.add_argument("--rank-multiple", type=int, metavar="N",
+                       help="round active ranks up to a multiple of N; tensor cores like 8 or 16 (default 1)")
     group.add_argument("--conditioning", choices=("per-block", "shared"),
                        help="timestep and label embedder in every block, or one for all "
                             "(default per-block for DiT-*, shared for tiny)")

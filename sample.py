@@ -21,6 +21,7 @@ from torchvision.utils import make_grid
 
 from data import (IMAGE_ENDINGS, InputError, Parser, duration, end_progress, pick_device, positive_int, read_checkpoint,
                   run_script, show_progress, to_uint8, write_then_rename)
+from lowrank import Merged
 from model import Config, DiT
 from schedule import NoiseSchedule, sampling_timesteps
 
@@ -35,18 +36,25 @@ def guided(model: DiT, y: torch.Tensor | None, guidance: float) -> Eps:
 
     y: int64 (B,), or None for "no class". The two halves run as one batch, sliced to Phi(t). Where they
     would be the same, or one has weight zero (w = 0, w = 1, no classes), only one half is computed.
+    What t and the labels say to the model does not depend on the image: it is computed once a step for
+    each distinct label. The weights must not change while eps is in use (`lowrank.Merged`).
     """
     none = model.config.num_classes
     both = y is not None and none > 0 and guidance not in (0, 1)
+    merged = Merged(model)
+    if y is None or guidance == 0:
+        distinct, which = torch.tensor([none], device=model.position.device), slice(None)
+    else:
+        distinct, which = torch.cat([y, y.new_full((len(y),), none)] if both else [y]).unique(return_inverse=True)
 
     def eps(x, t):
         active = model.active_ranks(t)
-        unconditional = torch.full((len(x),), none, device=x.device)
+        active = active and merged(active)
+        conditions = model.condition(torch.full_like(distinct, t), distinct, active)  # each (labels, 1, ...)
+        conditions = [c[which] for c in conditions]  # each (2B, 1, ...) or (B, 1, ...); (1, ...) for one label
         if not both:
-            labels = unconditional if y is None or guidance == 0 else y
-            return model(x, torch.full_like(labels, t), labels, active)
-        labels = torch.cat([y, unconditional])  # (2B,)
-        eps_c, eps_u = model(torch.cat([x, x]), torch.full_like(labels, t), labels, active).chunk(2)
+            return model.denoise(x, conditions, active)
+        eps_c, eps_u = model.denoise(torch.cat([x, x]), conditions, active).chunk(2)
         return eps_u + guidance * (eps_c - eps_u)
 
     return eps

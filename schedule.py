@@ -1,4 +1,4 @@
-"""Functions of the timestep t: how much noise, which timesteps a sampler visits, and how much rank.
+"""Functions of the timestep t: noise, loss weights, the timesteps a sampler visits, and rank.
 
 NA-LR sections 2.1 and C.1. Time runs from t = 1 (nearly clean) to t = T = 1000 (noise). Arrays over t
 have length T + 1 and are indexed by t itself; entry 0 is the clean image. Read this file first, then
@@ -57,6 +57,50 @@ def sampling_timesteps(n: int) -> list[int]:
 
 
 # ----------------------------------------------------------------------------------------------------
+# Loss weights: other answers to the question where along t the effort should go. Each is a function of
+# the NoiseSchedule, float64 (T + 1,), for a model that predicts eps; entry 0 is not used.
+
+
+def erd_weight(s: NoiseSchedule) -> torch.Tensor:
+    """ERD: sqrt((c_x alpha)^2 + (c_e sigma)^2) for the target c_x x_0 + c_e eps, and eps alone leaves
+    sigma = sqrt(1 - alpha_bar). The rule is derived for uniform log-SNR; like its authors' discrete runs we
+    use it as it is with uniform t."""
+    return (1 - s.alpha_bar).sqrt()
+
+
+def min_snr_weight(s: NoiseSchedule, gamma: float = 5.0) -> torch.Tensor:
+    """Min-SNR-gamma (Hang et al. 2023): min(SNR, gamma) / SNR."""
+    return (gamma * torch.exp(-s.log_snr)).clamp(max=1)
+
+
+def p2_weight(s: NoiseSchedule, gamma: float = 1.0, k: float = 1.0) -> torch.Tensor:
+    """P2 (Choi et al. 2022): 1 / (k + SNR)^gamma."""
+    return (k + torch.exp(s.log_snr)) ** -gamma
+
+
+def speed_weight(s: NoiseSchedule, tau: int = 700, lam: float = 0.6) -> torch.Tensor:
+    """SpeeD (Wang et al. 2024): up to tau the growth of the noise variance, alpha_bar_{t-1} - alpha_bar_t,
+    whose minimum and maximum over all t become 1 - lam and lam; 1 above tau. Their tau belongs to a linear
+    noise schedule; with the cosine one, noise is far from complete at 700."""
+    growth = -s.alpha_bar.diff(prepend=s.alpha_bar[:1])  # entry 0 is 0 and not used
+    low, high = growth[1:].min(), growth[1:].max()
+    weight = 1 - lam + (2 * lam - 1) * (growth - low) / (high - low)
+    weight[tau + 1:] = 1
+    return weight
+
+
+WEIGHTINGS = {"none": lambda s: torch.ones_like(s.alpha_bar), "erd": erd_weight, "min-snr": min_snr_weight,
+              "p2": p2_weight, "speed": speed_weight}
+
+
+def loss_weight(name: str, s: NoiseSchedule, probabilities: torch.Tensor) -> torch.Tensor:
+    """The weight called `name`, divided by its mean under the distribution of t in use, so that learning
+    rates stay comparable. float64 (T + 1,). probabilities: float64 (T + 1,), the chance of each t."""
+    weight = WEIGHTINGS[name](s)
+    return weight / (weight * probabilities)[1:].sum()
+
+
+# ----------------------------------------------------------------------------------------------------
 # Rank
 
 
@@ -73,21 +117,28 @@ class RankSchedule:
         logistic:  f(t) = sigmoid(-k (t/T - m)),  k = 8, m = 0.5       linear:  f(t) = 1 - t/T
         warm start (C.1.3):  Phi(t) = r_max for t <= floor(warm_start T)
 
+    multiple (ours): Phi(t) is rounded up to a multiple of this, but never above r_max. Tensor cores like
+    8 or 16. It belongs to the model, for channels that were never trained at t must not speak there.
+
     Phi never increases with t, so the channels used at more noise are the first of those used at less
     (nested). The paper prints the two boundary conditions swapped. With the logistic profile f(T) is
     0.018, so the ceiling keeps Phi(T) one or more above r_min; only the linear profile reaches it.
     """
 
     def __init__(self, profile: str = "logistic", rho_min: float = 0.4, warm_start: float = 0.1,
-                 k: float = 8.0, m: float = 0.5):
-        """Raises ValueError for an unknown profile, rho_min outside (0, 1] or warm_start outside [0, 1]."""
+                 k: float = 8.0, m: float = 0.5, multiple: int = 1):
+        """Raises ValueError for an unknown profile, rho_min outside (0, 1], warm_start outside [0, 1] or a
+        multiple below 1."""
         if profile not in ("logistic", "linear"):
             raise ValueError(f"rank profile {profile!r} is unknown; use logistic or linear")
         if not 0 < rho_min <= 1:
             raise ValueError(f"rho_min {rho_min} must lie in (0, 1]")
         if not 0 <= warm_start <= 1:
             raise ValueError(f"warm_start {warm_start} must lie in [0, 1]")
+        if type(multiple) is not int or multiple < 1:
+            raise ValueError(f"rank multiple {multiple!r} must be a whole number of at least 1")
         self.profile, self.rho_min, self.warm_start, self.k, self.m = profile, rho_min, warm_start, k, m
+        self.multiple = multiple
         self._tables = {}
 
     def table(self, r_max: int) -> torch.Tensor:
@@ -106,7 +157,7 @@ class RankSchedule:
             grown = (r_max - r_min) * torch.sigmoid(-self.k * (t / T - self.m))
         phi = r_min + torch.ceil(grown).long()
         phi[:math.floor(_exact(self.warm_start) * T) + 1] = r_max
-        return phi
+        return (-(-phi // self.multiple) * self.multiple).clamp(max=r_max)
 
     def active(self, t, r_max: int):
         """Phi(t). An int t gives an int; an integer tensor t gives an int64 tensor of its shape on its

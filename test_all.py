@@ -46,6 +46,7 @@ from schedule import T
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE / "experiments"))
 import classifier
+import plot
 
 SMALL = dict(depth=2, width=32, heads=2, patch=2, image_size=8, num_classes=4, dense_mlp_blocks=0)
 
@@ -1159,7 +1160,7 @@ def test_guidance():
         assert relative(sample.guided(net, y, w)(x, 800), eps_u + w * (eps_c - eps_u)) < 1e-10
     assert relative(sample.guided(net, None, 2.0)(x, 800), eps_u) < 1e-10
     seen = []
-    net.register_forward_hook(lambda _, args, out: seen.append((len(args[0]), args[3])))
+    net.blocks[0].register_forward_hook(lambda _, args, out: seen.append((len(args[0]), args[2])))
     for w in (2.0, 1.0, 0.0):
         sample.guided(net, y, w)(x, 800)
     assert [n for n, _ in seen] == [6, 3, 3] and seen[0][1] == {r: net.rank_schedule.active(800, r) for r in net.ranks}
@@ -1395,7 +1396,7 @@ def test_four_steps_of_the_loop_written_out(tmp_path):
         y = labels[index]
         y[torch.rand(4, generator=device) < 0.5] = 10
         eps = torch.randn(4, 3, 8, 8, generator=device)
-        t = t_low + (torch.rand(4, dtype=torch.float64, generator=host) * (T + 1 - t_low)).floor().long()
+        t = t_low + (torch.rand(4, dtype=torch.float64, generator=host) * (T + 1 - t_low)).floor().long().sort().values
         ab = noise.alpha_bar[t].view(4, 1, 1, 1)
         x_t = (ab.sqrt() * (x_0.double() / 127.5 - 1) + (1 - ab).sqrt() * eps).float()
         phi = {r: net.rank_schedule.active(t, r) for r in net.ranks}
@@ -1998,3 +1999,191 @@ def test_bad_input_to_classifier_is_one_line(tmp_path):
             (["--generated", tmp_path / "none.npz"], "no dataset"), (["--steps", 0], "at least 1")]:
         code, out, err = cli(classifier, *arguments, "--data-dir", tmp_path, "--device", "cpu", "--out", tmp_path / "x.pt")
         assert (code, out) == (2, "") and said in err and err.count("\n") == 1, (arguments, code, out, err)
+
+
+# ----------------------------------------------------------------------------------------------------
+# experiments/plot.py
+
+
+def pixel_of(chart, xs, ys, x, y, log_x=False, log_y=False):
+    """The colour of the pixel where a chart of xs, ys must show the point (x, y)."""
+    column = plot.position(x, plot.nice_ticks(xs, log_x), plot.LEFT, plot.RIGHT, log_x)
+    row = plot.position(y, plot.nice_ticks(ys, log_y, 5), plot.BOTTOM, plot.TOP, log_y)
+    return chart.getpixel((round(float(column)), round(float(row))))
+
+
+@pytest.mark.parametrize("values", [[0, 1], [1, 1000], [-0.031, 0.27], [3, 3], [0, 0], [1e-9, 7e-9], [123456, 123999],
+                                    [0.3, 0.9], [-5, None, 2], [math.nan], [], [2e12, 9e15]])
+def test_linear_ticks_are_nice_and_cover_the_data(values):
+    """A step of 1, 2 or 5 times a power of ten, all ticks multiples of it, none to spare at either end."""
+    ticks = np.array(plot.nice_ticks(values))
+    steps = np.diff(ticks)
+    mantissa = float(f"{steps[0]:.9e}".split("e")[0])
+    assert min(abs(mantissa - m) for m in (1, 2, 5)) < 1e-6 and np.allclose(steps, steps[0], rtol=1e-6)
+    assert np.allclose(ticks / steps[0], (ticks / steps[0]).round(), atol=1e-6) and 2 <= len(ticks) <= 9
+    known = [v for v in values if v is not None and math.isfinite(v)]
+    if known and max(known) > min(known):
+        assert ticks[0] <= min(known) < ticks[1] and ticks[-2] < max(known) <= ticks[-1]
+    elif known:
+        assert ticks[0] < known[0] < ticks[-1]
+    labels = plot.tick_labels(list(ticks))
+    assert len(set(labels)) == len(ticks) and max(map(len, labels)) <= 8
+
+
+def test_log_ticks():
+    """Decades for wide ranges, at most about nine; 1-2-5 for narrower ones; values that are not positive do not count."""
+    assert plot.nice_ticks([0.02, 80], log=True) == [0.01, 0.1, 1, 10, 100]
+    assert plot.nice_ticks([1, 1000], log=True) == [1, 10, 100, 1000]
+    assert plot.nice_ticks([0.3, 6, 0, -1, None], log=True) == [0.2, 0.5, 1, 2, 5, 10]
+    assert plot.nice_ticks([1, 10], log=True) == [1, 2, 5, 10] and plot.nice_ticks([0, None], log=True) == [1, 2, 5, 10]
+    wide = plot.nice_ticks([1e-12, 1e12], log=True)
+    assert len(wide) <= 9 and wide[0] <= 1e-12 and wide[-1] >= 1e12
+    narrow = plot.nice_ticks([7, 7.5], log=True)
+    assert len(narrow) >= 4 and 0 < narrow[0] <= 7 and narrow[-1] >= 7.5
+    assert plot.position([1, 10, 100, 0, -3, None], [1, 10, 100], 0, 10, log=True)[:3].tolist() == [0, 5, 10]
+    assert np.isnan(plot.position([0, -3, None], [1, 10, 100], 0, 10, log=True)).all()
+
+
+def test_tick_labels():
+    assert plot.tick_labels([0, 0.5, 1]) == ["0", "0.5", "1.0"]
+    assert plot.tick_labels([0, 500, 1000]) == ["0", "500", "1,000"]
+    assert plot.tick_labels([0, 500000, 1000000]) == ["0", "0.5M", "1.0M"]
+    assert plot.tick_labels([-2e-6, 0, 2e-6]) == ["-2e-6", "0", "2e-6"]
+    assert plot.tick_labels([0.01, 1, 100, 10000], log=True) == ["0.01", "1", "100", "10k"]
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_points_and_lines_are_where_they_belong(log):
+    """Markers at the points and, half way in pixels between two of them, the line, in the curve's own colour."""
+    xs, ys = [1, 10, 100], np.array([2.0, 40.0, 900.0])
+    others = torch.tensor([500.0, 5.0, 3.0])
+    chart = plot.line_chart({"a": (xs, ys), "b": (xs, others)}, "t", "x", "y", log_x=log, log_y=log)
+    every = np.concatenate([ys, others])
+    for colour, values in zip(plot.COLOURS, (ys, others.numpy())):
+        for x, y in zip(xs, values):
+            assert pixel_of(chart, xs, every, x, y, log, log) == colour
+        between = (1000**0.5, (values[1] * values[2]) ** 0.5) if log else (55, values[1:].mean())
+        assert pixel_of(chart, xs, every, *between, log, log) == colour
+    bare = plot.line_chart({"a": (xs, ys), "b": (xs, others)}, "t", "x", "y", log_x=log, log_y=log, lines=False)
+    assert pixel_of(bare, xs, every, xs[2], ys[2], log, log) == plot.COLOURS[0]
+    assert pixel_of(bare, xs, every, *between, log, log) == (255, 255, 255)  # without lines, the points alone
+
+
+@pytest.mark.parametrize("missing", [None, math.nan, math.inf])
+def test_missing_values_leave_gaps(missing):
+    """No line to either side of the missing point, a line elsewhere, and a marker on a point left alone."""
+    xs, ys = [0, 13, 27, 33, 47, 60], [7, 7, missing, 7, 7, 9]
+    chart = plot.line_chart({"a": (xs, ys)}, "t", "x", "y")
+    shows = {x: pixel_of(chart, xs, ys, x, 7) == plot.COLOURS[0] for x in (6, 17, 23, 27, 31, 37)}
+    assert shows == {6: True, 17: False, 23: False, 27: False, 31: False, 37: True}
+    alone = plot.line_chart({"a": (list(range(99)), [5, missing, 7] + [missing, 6] * 48)}, "t", "x", "y")
+    assert pixel_of(alone, range(99), [5, 7], 2, 7) == plot.COLOURS[0]
+    plot.line_chart({"a": ([1, 2], [missing, None]), "b": ([], [])}, "t", "x", "y", log_x=True, log_y=True)
+
+
+def test_spread_is_a_band_or_bars():
+    """A light band between ys - spread and ys + spread, white outside; with bars nothing between the points."""
+    xs, ys = np.arange(20.0), np.full(20, 5.0)
+    ends = [3.0, 7.0]  # what the axis covers
+    band, bars = (plot.line_chart({"a": (xs, ys, np.full(20, 2.0))}, "t", "x", "y", shade=shade) for shade in (True, False))
+    inside = np.array(pixel_of(band, xs, ends, 9.5, 6.3))
+    share = (255 - inside) / (255 - np.array(plot.COLOURS[0]))
+    assert np.allclose(share, 50 / 255, atol=0.02)  # white mixed with the curve's colour
+    assert pixel_of(bars, xs, ends, 9.5, 6.3) == (255, 255, 255) != pixel_of(bars, xs, ends, 9, 6.3)
+    low = plot.line_chart({"a": ([1, 2], [5, 5], [9, 9]), "b": ([1, 2], [1, 100])}, "t", "x", "y", log_y=True, shade=True)
+    assert pixel_of(low, [1, 2], [1, 100], 1.5, 2) != (255, 255, 255)  # ys - spread < 0: the band goes down to the axis
+
+
+def test_curves_differ_and_the_legend_names_them_below():
+    """Ten colours; a constant and a single point are drawn; more names make the picture longer, not the box smaller."""
+    assert len(set(plot.COLOURS)) == 10
+    few = plot.line_chart({"constant": ([1, 2], [4, 4]), "point": ([1.5], [4.5])}, "t", "x", "y")
+    assert pixel_of(few, [1, 2], [4, 4.5], 1.3, 4) == plot.COLOURS[0]
+    assert pixel_of(few, [1, 2], [4, 4.5], 1.5, 4.5) == plot.COLOURS[1]
+    many = plot.line_chart({f"a rather long name {i}": ([1, 2], [i, i + 1]) for i in range(10)}, "t", "x", "y")
+    assert many.width == few.width and many.height > few.height
+    below = {colour for _, colour in many.crop((0, plot.BOTTOM + 60, many.width, many.height)).getcolors(100000)}
+    assert set(plot.COLOURS) <= below
+
+
+def test_nothing_is_cut_off():
+    """Whatever the texts and values, the outermost pixels stay white."""
+    long = "a very long text that goes on and on, far beyond what anybody should give to a chart like this"
+    charts = [plot.line_chart({long: ([799990.0, 800000.0], [-123456.78, 99999.5]), "b": ([799995], [1.0])}, long, long, long),
+              plot.heat_map([[123456.789, 1], [2, 3]], [long, "b"], ["c", long], long, long, long, long, spec=".6f")]
+    for chart in charts:
+        pixels = np.array(chart)
+        assert (pixels[:, [0, -1]] == 255).all() and (pixels[[0, -1]] == 255).all()
+
+
+def test_heat_map_colours_follow_the_values():
+    """Larger is darker, equal is equal, missing is grey; the bar beside runs from the darkest to the lightest."""
+    values = np.array([[3.0, None, 1.0], [2.0, 9.0, 3.0]], dtype=object)
+    chart = plot.heat_map(values, ["r", "s"], ["a", "b", "c"], "t", "loss", "columns", "rows")
+    grey = np.array(chart.convert("L")).astype(float)
+    row = np.array(chart)[plot.TOP + 10]
+    cells = np.flatnonzero((row != 255).any(1))[10]  # inside the first cell
+    width = (plot.RIGHT - 90 - cells) / 3
+    colour = [[chart.getpixel((int(cells + c * width), y)) for c in range(3)] for y in (plot.TOP + 10, plot.BOTTOM - 10)]
+    assert colour[0][0] == colour[1][2] and colour[0][1] == plot.MISSING
+    light = [sum(c) for c in (colour[0][2], colour[1][0], colour[0][0], colour[1][1])]  # of 1, 2, 3, 9
+    assert light == sorted(light, reverse=True) and len(set(light)) == 4
+    assert colour[0][2] == plot.heat_colour(0) and colour[1][1] == plot.heat_colour(1)
+    assert (np.diff(grey[plot.TOP:plot.BOTTOM, plot.RIGHT - 64]) >= 0).all()
+    plot.heat_map(torch.ones(1, 2), ["r"], [1, 2], "t", "constant")
+    plot.heat_map([[None]], ["r"], ["c"], "t", "nothing known")
+
+
+def test_chart_mistakes_are_value_errors(tmp_path):
+    for curves in ({}, {"a": ([1, 2], [1])}, {"a": ([1], [1], [1, 2])}, {"a": ([1],)}, {"a": ([[1]], [[1]])}, {"a": (1, 2)}):
+        with pytest.raises(ValueError):
+            plot.line_chart(curves, "t", "x", "y")
+    for values in ([[1, 2]], [1, 2], [[1], [2]]):
+        with pytest.raises(ValueError):
+            plot.heat_map(values, ["r"], ["c"], "t", "v")
+    with pytest.raises(ValueError):
+        plot.save(tmp_path / "x.png")
+    with pytest.raises(ValueError):
+        plot.save(tmp_path / "x.png", Image.new("RGB", (2, 2)), columns=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_save_puts_charts_side_by_side(tmp_path):
+    """Row by row, each unchanged, the next row below the tallest of the last."""
+    colours = ["red", "lime", "blue"]
+    images = [Image.new("RGB", (20, height), colour) for height, colour in zip((10, 30, 10), colours)]
+    plot.save(tmp_path / "new" / "x.png", *images, columns=2)
+    page = Image.open(tmp_path / "new" / "x.png").convert("RGB")
+    assert page.size == (40, 40)
+    assert [page.getpixel(p) for p in ((5, 5), (25, 25), (5, 35), (5, 20))] == [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255,) * 3]
+    plot.save(tmp_path / "one.png", images[0], columns=3)
+    assert Image.open(tmp_path / "one.png").size == (20, 10)
+
+
+def test_table_is_aligned_markdown(capsys):
+    rows = [{"method": "full | rank", "FID": 12.345, "MACs": 5462}, {"method": "half", "FID": None},
+            {"method": None, "FID": math.nan, "MACs": np.int64(7)}]
+    plot.print_table(rows, {"method": "", "FID": ".1f", "MACs": ",d"})
+    assert capsys.readouterr().out.splitlines() == ["| method       |  FID |  MACs |",
+                                                    "| ------------ | ---: | ----: |",
+                                                    "| full \\| rank | 12.3 | 5,462 |",
+                                                    "| half         |    - |     - |",
+                                                    "| -            |    - |     7 |"]
+
+
+def test_json_has_no_nan_and_is_complete_or_absent(tmp_path, monkeypatch):
+    """NaN and infinities become null at any depth; a failure or a kill leaves the old file as it was."""
+    path = tmp_path / "new" / "x.json"
+    plot.write_json(path, {"a": [1, math.nan, (2.5, -math.inf)], "b": np.array([[1.0, np.nan]]), "c": torch.tensor([3]),
+                           "d": np.float32("nan"), "e": None, "f": "NaN", "g": torch.tensor(math.inf), "h": True})
+    assert json.loads(path.read_text()) == {"a": [1, None, [2.5, None]], "b": [[1.0, None]], "c": [3], "d": None, "e": None,
+                                            "f": "NaN", "g": None, "h": True}
+    old = path.read_bytes()
+    with pytest.raises(TypeError):
+        plot.write_json(path, {"a": object()})
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        plot.write_json(path, {"a": 1})
+    with pytest.raises(KeyboardInterrupt):
+        plot.save(tmp_path / "new" / "x.png", Image.new("RGB", (2, 2)))
+    assert [p.name for p in path.parent.iterdir()] == ["x.json"] and path.read_bytes() == old
