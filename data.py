@@ -11,6 +11,7 @@ said in one line by `InputError`; the scripts' common command-line habits stand 
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import hashlib
 import io
@@ -102,6 +103,14 @@ def start_processes(device: torch.device) -> tuple[int, int, torch.device]:
         if rank:
             sys.stdout = open(os.devnull, "w")
     return rank, world, device
+
+
+def keep_large_blocks() -> None:
+    """On Linux: malloc keeps freed blocks of more than 32 MB. Otherwise it returns them to the kernel, and gets
+    them anew, zeroed page by page, several times in every layer: a tenth of a DiT-S/2 step on a CPU."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library does as it likes
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-3, 2**30), mallopt(-1, 2**31 - 1)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ Reads after data.py; nothing else here depends on it. Every image is uint8 befor
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import sys
@@ -38,8 +39,8 @@ import torch.nn.functional as F
 from scipy.linalg.lapack import dpstrf
 from torchvision.models import Inception3
 
-from data import (InputError, Parser, Source, check_sha256, duration, end_progress, open_source, pick_device,
-                  positive_int, run_script, show_progress, write_then_rename)
+from data import (InputError, Parser, Source, check_sha256, duration, end_progress, gather, open_source, pick_device,
+                  positive_int, run_script, show_progress, start_processes, write_then_rename)
 
 # ----------------------------------------------------------------------------------------------------
 # The measures
@@ -91,6 +92,19 @@ class Moments:
         self.n += len(x)
         self.sum += x.sum(0)
         self.products.addmm_(x.T, x)  # (D, D)
+
+    def merge(self, other: "Moments") -> None:
+        """Adds what another process has seen."""
+        if self.n == 0 or other.n == 0:
+            if other.n:
+                self.__dict__.update(other.__dict__)
+            return
+        shift = other.origin.to(self.origin.device) - self.origin
+        total, products = other.sum.to(shift.device), other.products.to(shift.device)
+        cross = torch.outer(total, shift)
+        self.products += products + cross + cross.T + other.n * torch.outer(shift, shift)
+        self.sum += total + other.n * shift
+        self.n += other.n
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
         """mu (D,) and the unbiased sigma (D, D), as numpy.cov gives it."""
@@ -341,8 +355,9 @@ def spread(n: int, num: int) -> torch.Tensor:
 
 @torch.inference_mode()
 def measure(source: Source, extractor: Extractor, device: torch.device, batch_size: int = 64, num: int | None = None,
-            pr_num: int = 50_000) -> Side:
-    """Sends the images (all, or `num` of them, see `spread`) through the network once."""
+            pr_num: int = 50_000, rank: int = 0, world: int = 1) -> Side:
+    """Sends the images (all, or `num` of them, see `spread`) through the network once. Of `world` processes,
+    number `rank` takes every world-th batch; all of them return the whole result."""
     indices = spread(len(source), num or len(source))
     n = len(indices)
     if n < 2:
@@ -359,7 +374,7 @@ def measure(source: Source, extractor: Extractor, device: torch.device, batch_si
     network = extractor.load(device)
     host = torch.device("cpu") if device.type == "mps" else device  # MPS knows no float64
     moments, spatial_moments, sums, points = Moments(), Moments(), torch.zeros(10, 1008 + 2).double(), []
-    for positions in _reporting(torch.arange(n).split(batch_size), source.name, f"batches of {batch_size}"):
+    for positions in _reporting(torch.arange(n).split(batch_size)[rank::world], source.name, f"batches of {batch_size}"):
         picked = indices[positions].tolist()
         if n == len(source):
             images = source.read(picked[0], picked[-1] + 1)
@@ -378,9 +393,17 @@ def measure(source: Source, extractor: Extractor, device: torch.device, batch_si
             p = logits.cpu().double().softmax(1)
             p_log_p = -torch.special.entr(p).sum(1, keepdim=True)
             sums.index_add_(0, split[positions], torch.cat([p, p_log_p, torch.ones_like(p_log_p)], 1))
+    everyone = gather((moments, spatial_moments, sums, points), world)
+    for i, (others_moments, others_spatial, others_sums, _) in enumerate(everyone):
+        if i != rank:
+            moments.merge(others_moments), spatial_moments.merge(others_spatial)
+            sums += others_sums
+    points = [batch for turn in itertools.zip_longest(*(parts for *_, parts in everyone)) for batch in turn
+              if batch is not None]  # in the order of the images
+    height, width = source.read(0, 1).shape[2:]  # a process may have had no batch
     mu_s, sigma_s = spatial_moments.result() if spatial_moments.n else (None, None)
     score = inception_score(sums) if spatial_moments.n else None
-    return Side(*moments.result(), mu_s, sigma_s, n, extractor.name, f"{images.shape[3]}x{images.shape[2]}",
+    return Side(*moments.result(), mu_s, sigma_s, n, extractor.name, f"{width}x{height}",
                 torch.cat(points) if pr_num else None, source.name, score)
 
 
@@ -429,14 +452,14 @@ def _content_key(source: Source) -> str:
 
 
 def measure_once(source: Source, extractor: Extractor, device: torch.device, batch_size: int, num: int | None,
-                 pr_num: int, cache: Path) -> Side:
+                 pr_num: int, cache: Path, rank: int = 0, world: int = 1) -> Side:
     """`measure`, or what it gave before for the same images and features: it is kept in the folder `cache`."""
     key = json.dumps([1, _content_key(source), extractor.key, num, pr_num])
     path = cache / f"fid-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
     if path.exists():
         with contextlib.suppress(InputError):  # a damaged cache is only a reason to measure again
             return replace(read_statistics(path), name=source.name, features=extractor.name)  # files get renamed
-    side = measure(source, extractor, device, batch_size, num, pr_num)
+    side = measure(source, extractor, device, batch_size, num, pr_num, rank, world)
     try:
         save_statistics(path, side, "size", "points")
     except OSError as error:
@@ -538,24 +561,26 @@ def main():
         raise InputError(f"--pr-num {args.pr_num}: give 0 for no precision and recall, or a number of images")
     if args.features and args.inception:
         raise InputError("--features and --inception exclude each other: the one takes the place of the other")
-    device = pick_device(args.device)
+    rank, world, device = start_processes(pick_device(args.device))
     torch.backends.cudnn.allow_tf32 = False  # 10-bit products would move the features in the third digit
     extractor = file_extractor(args.features) if args.features else inception_extractor(args.inception)
     cache = Path(args.data_dir) / "cache"
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result alone
+    with contextlib.redirect_stdout(sys.stderr if rank == 0 else sys.stdout):  # stdout is for the result alone
         inputs = [open_input(name, extractor, args) for name in (args.generated, args.reference)]
         sides = []
         for (statistics, images), how in zip(inputs, (measure, functools.partial(measure_once, cache=cache))):
             if images is None:
                 sides.append(statistics)
                 continue
-            side = how(images, extractor, device, args.batch_size, args.num, args.pr_num)
+            side = how(images, extractor, device, args.batch_size, args.num, args.pr_num, rank=rank, world=world)
             if side.n < len(images):
                 side.notes.append(f"note: {images.name}: {side.n:,} of {len(images):,} images, spread over all")
             if statistics:  # of more images than these, which serve for precision, recall and Inception Score
                 side = replace(side, **{key: getattr(statistics, key) for key in STATISTICS})
             sides.append(side)
         generated, reference = sides
+        if rank:
+            return
         result, notes = compare(generated, reference, extractor, device)
     if args.save_stats:
         try:

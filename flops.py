@@ -148,8 +148,9 @@ def sorted_step(config: Config, t: list[int], t_low: int = 1, penalty: int = 1, 
     total = penalty * _penalty(config, channels(config, t_low))
     for part in (t[i::processes] for i in range(processes)):
         chunks = chunk_batch(config, part)
-        for (first, t_first), (end, _) in zip(chunks, chunks[1:] + [(len(part), 0)]):
-            total += (end - first) * _sorted_sample(config, t_first, t_low)
+        ends = [first for first, *_ in chunks[1:]] + [len(part)]
+        total += sum((end - first) * _sorted_sample(config, t_first, t_low)
+                     for (first, t_first, _), end in zip(chunks, ends))
     return total
 
 

@@ -97,14 +97,14 @@ def low_rank_layers(model: nn.Module) -> list[LowRankLinear]:
 
 
 class Sorted(NamedTuple):
-    """mask: float (B, k), as in masking. chunks: int64 (C, 2) on the CPU, for each chunk its first
-    sample and how many channels it computes; a tensor, because torch.compile would compile anew for
-    every list of numbers."""
+    """mask: float (B, k), as in masking. chunks: int64 (C, 3) on the CPU, for each chunk its first sample,
+    how many channels that one needs, and how many the last one needs; a tensor, because torch.compile would
+    compile anew for every list of numbers."""
     mask: torch.Tensor
     chunks: torch.Tensor
 
 
-def cut(cost: list[int], slack: float = 0.035, places: int = 64) -> list[int]:
+def cut(cost: list[int], slack: float = 0.038, places: int = 64) -> list[int]:
     """Where to cut a sorted batch: the first samples of as few chunks as possible, whose total cost is
     at most (1 + slack) times what the samples themselves need, or else as low as `places` allow.
 
@@ -128,35 +128,44 @@ def cut(cost: list[int], slack: float = 0.035, places: int = 64) -> list[int]:
     return [0] + [int(at[i]) for i in reversed(first)]
 
 
-def _blocks(chunks: torch.Tensor, B: int, rows: int):
-    """For each chunk: its slice of the batch, its slice of the B * rows vectors, its channels k, and its
-    slice of a flat buffer into which the (k, vectors) blocks of all chunks are packed. (Channels first:
-    a CPU's vector units then run along the many vectors, not along a k that fits them badly.)"""
-    offset = 0
-    chunks = chunks.tolist()
-    for (a, k), (b, _) in zip(chunks, chunks[1:] + [(B, 0)]):
-        size = (b - a) * rows * k
-        yield slice(a, b), slice(a * rows, b * rows), k, slice(offset, offset + size)
-        offset += size
+def _chunks(chunks: torch.Tensor, rows: int, mask: torch.Tensor, *tensors: torch.Tensor):
+    """For each chunk: its channels k, how to mask a (k, vectors) block of it in place, and its part of each of
+    the `tensors` (B * rows, ...)."""
+    firsts, ks, least = chunks.t().tolist()
+    ends = firsts[1:] + [len(mask)]
+    sizes = [(end - first) * rows for first, end in zip(firsts, ends)]
+
+    def masking(first, end, least, k):
+        def apply(block):
+            if least < k:  # channels below `least` are active in the whole chunk
+                block[least:].view(k - least, -1, rows).mul_(mask[first:end, least:k].t()[:, :, None])
+        return apply
+
+    masks = [masking(*one) for one in zip(firsts, ends, least, ks)]
+    return zip(ks, masks, *(tensor.split(sizes) for tensor in tensors))
+
+
+# Blocks are stored channels first: a CPU's vector units then run along the many vectors, not along a k that
+# fits them badly. Every product is written where it belongs: no padding to r_max, nothing concatenated.
 
 
 @torch.library.custom_op("nalr::sorted_forward", mutates_args=())
 def _sorted_forward(x: torch.Tensor, U: torch.Tensor, V: torch.Tensor, bias: Optional[torch.Tensor],
                     mask: torch.Tensor, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (B, rows, n) -> y (B, rows, m) and the masked V^T x of all chunks, packed (for the backward pass).
-    Every product is written where it belongs: no padding to r_max, nothing concatenated."""
+    """x (B, rows, n) -> y (B, rows, m) and, for the backward pass, the masked V^T x of all chunks, packed
+    into one flat buffer."""
     B, rows, n = x.shape
-    x = x.reshape(B * rows, n)
     y = x.new_empty(B * rows, U.shape[1])
-    packed = x.new_empty(B * rows * mask.shape[1])
-    for samples, vectors, k, block in _blocks(chunks, B, rows):
-        h = packed[block].view(k, -1)
-        torch.mm(V[:k], x[vectors].t(), out=h)
-        h.view(k, -1, rows).mul_(mask[samples, :k].t()[:, :, None])
+    packed, used = x.new_empty(B * rows * mask.shape[1]), 0
+    for k, apply_mask, x_c, y_c in _chunks(chunks, rows, mask, x.reshape(B * rows, n), y):
+        h = packed[used:used + k * len(x_c)].view(k, -1)  # (k, vectors)
+        used += h.numel()
+        torch.mm(V[:k], x_c.t(), out=h)
+        apply_mask(h)
         if bias is None:
-            torch.mm(h.t(), U[:k], out=y[vectors])
+            torch.mm(h.t(), U[:k], out=y_c)
         else:
-            torch.addmm(bias, h.t(), U[:k], out=y[vectors])
+            torch.addmm(bias, h.t(), U[:k], out=y_c)
     return y.view(B, rows, -1), packed
 
 
@@ -169,25 +178,27 @@ def _sorted_backward(grad: torch.Tensor, x: torch.Tensor, packed: torch.Tensor, 
     computes are filled with zeros."""
     B, rows, n = x.shape
     x, grad = x.reshape(B * rows, n), grad.reshape(B * rows, -1)
-    dx = torch.empty_like(x) if input_grad else x.new_empty(0)
+    dx = torch.empty_like(x) if input_grad else x.new_empty(B * rows, 0)
     dU, dV = torch.empty_like(U), torch.empty_like(V)
-    blocks = list(_blocks(chunks, B, rows))
-    scratch = x.new_empty(max(block.stop - block.start for *_, block in blocks))  # small, so it stays in the cache
-    for samples, vectors, k, block in blocks:
-        h = packed[block].view(k, -1)
+    scratch, used = None, 0
+    for k, apply_mask, x_c, grad_c, dx_c in _chunks(chunks, rows, mask, x, grad, dx):
+        h = packed[used:used + k * len(x_c)].view(k, -1)  # (k, vectors)
+        used += h.numel()
+        if scratch is None or len(scratch) < h.numel():
+            scratch = torch.empty_like(h).view(-1)  # one for all chunks: small, so it stays in the cache
         dh = scratch[:h.numel()].view(k, -1)
-        torch.mm(U[:k], grad[vectors].t(), out=dh)
-        dh.view(k, -1, rows).mul_(mask[samples, :k].t()[:, :, None])
+        torch.mm(U[:k], grad_c.t(), out=dh)
+        apply_mask(dh)
         if input_grad:
-            torch.mm(dh.t(), V[:k], out=dx[vectors])
-        if samples.start == 0:
-            torch.mm(h, grad[vectors], out=dU[:k])
-            torch.mm(dh, x[vectors], out=dV[:k])
+            torch.mm(dh.t(), V[:k], out=dx_c)
+        if used == h.numel():
+            torch.mm(h, grad_c, out=dU[:k])
+            torch.mm(dh, x_c, out=dV[:k])
             dU[k:], dV[k:] = 0, 0
         else:
-            dU[:k].addmm_(h, grad[vectors])
-            dV[:k].addmm_(dh, x[vectors])
-    return dx.view(B, rows, n) if input_grad else dx, dU, dV
+            dU[:k].addmm_(h, grad_c)
+            dV[:k].addmm_(dh, x_c)
+    return dx.view(B, rows, -1) if input_grad else x.new_empty(0), dU, dV
 
 
 @_sorted_forward.register_fake
@@ -203,6 +214,7 @@ def _(grad, x, packed, U, V, mask, chunks, input_grad):
 
 def _save(ctx, inputs, output):
     x, U, V, _, mask, chunks = inputs
+    ctx.set_materialize_grads(False)  # or autograd would fill a gradient of zeros for the packed blocks
     ctx.save_for_backward(x, output[1], U, V, mask, chunks)
 
 

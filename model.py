@@ -153,9 +153,11 @@ def rank_cost(config: Config) -> list[int]:
     return cost.tolist()
 
 
-def chunk_batch(config: Config, t: list[int]) -> list[tuple[int, int]]:
-    """For sorted execution: (first sample, its t) of each chunk of a batch whose timesteps t ascend."""
-    return [(first, t[first]) for first in cut([rank_cost(config)[t_i] for t_i in t])]
+def chunk_batch(config: Config, t: list[int]) -> list[tuple[int, int, int]]:
+    """For sorted execution of a batch whose timesteps t ascend: each chunk's first sample, that sample's t,
+    and the last sample's t."""
+    firsts = cut([rank_cost(config)[t_i] for t_i in t])
+    return [(first, t[first], t[end - 1]) for first, end in zip(firsts, firsts[1:] + [len(t)])]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -279,7 +281,7 @@ class DiT(nn.Module):
         for layer in [block.adaln for block in self.blocks] + [self.final_adaln, self.final_out]:
             nn.init.zeros_(layer.weight)
 
-    def active_ranks(self, t: int | torch.Tensor, t_low: int = 1, chunks: list[tuple[int, int]] | None = None):
+    def active_ranks(self, t: int | torch.Tensor, t_low: int = 1, chunks: list[tuple[int, int, int]] | None = None):
         """The `active` argument (lowrank.py) for timestep t; None for a model without a rank schedule.
 
         int t: slicing, for a batch that shares t.
@@ -295,7 +297,8 @@ class DiT(nn.Module):
         active = masks(dict(zip(self.ranks, phi)), {r: self.rank_schedule.active(t_low, r) for r in self.ranks})
         if chunks is None:
             return active
-        return {r: Sorted(mask, torch.tensor([(first, self.rank_schedule.active(t_first, r)) for first, t_first in chunks]))
+        k = self.rank_schedule.active
+        return {r: Sorted(mask, torch.tensor([(first, k(t_first, r), k(t_last, r)) for first, t_first, t_last in chunks]))
                 for r, mask in active.items()}
 
     def forward(self, x, t, y, active=None):

@@ -8,6 +8,7 @@ NA-LR section 2.1 (slicing, Eq. 5) and D.1. At one t all images share the active
 low-rank layer multiplies by its first Phi(t) channels only. Read schedule.py and model.py before.
 """
 
+import itertools
 import math
 import sys
 import time
@@ -19,8 +20,8 @@ import torch
 from PIL import Image
 from torchvision.utils import make_grid
 
-from data import (IMAGE_ENDINGS, InputError, Parser, duration, end_progress, pick_device, positive_int, read_checkpoint,
-                  run_script, show_progress, to_uint8, write_then_rename)
+from data import (IMAGE_ENDINGS, InputError, Parser, duration, end_progress, gather, pick_device, positive_int,
+                  read_checkpoint, run_script, show_progress, start_processes, to_uint8, write_then_rename)
 from lowrank import Merged
 from model import Config, DiT
 from schedule import NoiseSchedule, sampling_timesteps
@@ -241,7 +242,7 @@ def main():
     if args.guidance is not None and not math.isfinite(args.guidance):
         parser.error(f"--guidance {args.guidance} must be a finite number")
 
-    device = pick_device(args.device)
+    rank, world, device = start_processes(pick_device(args.device))  # torchrun's; 0, 1 without it
     run = Path(args.run) if args.run else newest_run()
     model, state = load_model(run, device)
     classes = choose_classes(args.classes, state["classes"])
@@ -255,8 +256,9 @@ def main():
         raise InputError(f"--out {out}: give FILE.png, FILE.npz or the name of a folder")
     out.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is better known before the drawing
 
+    gather(None, world)  # all processes have seen the folder as it was
     start, images, labels = time.time(), [], []
-    for first in range(0, args.num, batch_size):
+    for first in range(rank * batch_size, args.num, world * batch_size):  # every process its share of the batches
         indices = range(first, min(first + batch_size, args.num))
 
         def on_step(done):
@@ -275,6 +277,11 @@ def main():
             images.append(drawn)
             labels.append(drawn_labels)
     end_progress()
+    everyone = gather((images, labels), world)
+    images, labels = ([batch for turn in itertools.zip_longest(*lists) for batch in turn if batch is not None]
+                      for lists in zip(*everyone))  # batches in the order of the images
+    if rank:
+        return
     if out.suffix == ".npz":
         arrays = {"arr_0": torch.cat(images).permute(0, 2, 3, 1).numpy(), "labels": torch.cat(labels).numpy()}
         write_then_rename(out, lambda file: np.savez(file, **arrays))

@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 import flops
 from curriculum import Curriculum, cluster_timesteps, speed, uniform
 from data import (DATASETS, Dataset, InputError, Parser, batch_indices, decode, duration, end_progress,
-                  first_process_first, gather, open_source, pick_device, positive_int, read_checkpoint, run_script,
+                  first_process_first, gather, keep_large_blocks, open_source, pick_device, positive_int, read_checkpoint, run_script,
                   show_progress, start_processes, to_unit, write_then_rename)
 from lowrank import orthogonality_penalty
 from model import (PRESETS, TRAINING, Config, DiT, add_model_flags, chunk_batch, config_from_flags, parameter_count,
@@ -297,6 +297,8 @@ def main(argv: list[str] | None = None):
     dtype = getattr(torch, s["dtype"] or ("bfloat16" if device.type == "cuda" else "float32"))
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for the few float32 products beside autocast
+    elif device.type == "cpu":
+        keep_large_blocks()
 
     # data and model
     with first_process_first(rank, world):
@@ -500,7 +502,8 @@ def main(argv: list[str] | None = None):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        torch._foreach_lerp_(ema_parameters, parameters, 1 - min(s["ema_decay"], (1 + step) / (10 + step)))
+        with torch.no_grad():  # or every step would leave a piece of graph behind
+            torch._foreach_lerp_(ema_parameters, parameters, 1 - min(s["ema_decay"], (1 + step) / (10 + step)))
 
         losses[pending], timesteps[pending] = sample_loss.detach(), all_t
         spent += (flops.sorted_step(config, all_t.tolist(), curriculum.t_low, penalties, world) if is_sorted
