@@ -84,7 +84,7 @@ def pick_device(name: str) -> torch.device:
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
-    if not available[name]:
+    if not available.get(name):
         usable = ", ".join(kind for kind, there in available.items() if there)
         raise InputError(f"--device {name} is not available on this machine; use one of: auto, {usable}")
     return torch.device(name)

@@ -2002,6 +2002,443 @@ def test_bad_input_to_classifier_is_one_line(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------
+# sorted execution, loss weights, stratified timesteps
+
+
+def counter():
+    """PyTorch's counter, which knows addmm but not its in-place form."""
+    def in_place(self, a, b, *_, out_shape=None, **__):
+        return 2 * a[0] * a[1] * b[1]
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place})
+
+
+def sorted_active(net, t, t_low=1):
+    return net.active_ranks(t, t_low, model.chunk_batch(net.config, t.tolist()))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("changes", [{}, dict(conditioning="shared"), dict(factorise="attention-mlp"), dict(patch=8),
+                                     dict(rho_min=0.1, warm_start=0.0, keep=0.9), dict(rank_profile="linear")])
+def test_sorted_equals_masked_in_outputs_and_every_gradient(changes, dtype, tolerance):
+    """Eq. (3), (4): the same result from chunks, for every parameter and for the input."""
+    net = awake(Config(**SMALL | changes), dtype=dtype)
+    x, t, y = inputs(net.config, 13, dtype=dtype)
+    t = t.sort().values
+    for t_low in (1, int(t[0])):
+        results = []
+        for active in (net.active_ranks(t, t_low), sorted_active(net, t, t_low)):
+            net.zero_grad()
+            x_in = x.clone().requires_grad_()
+            out = net(x_in, t, y, active)
+            (out**3).mean().backward()
+            results.append([out.detach(), x_in.grad] + [p.grad for p in net.parameters()])
+        assert len(model.chunk_batch(net.config, t.tolist())) > 1
+        for a, b in zip(*results):
+            assert relative(b, a) < tolerance
+
+
+@pytest.mark.parametrize("n, m, r", sorted({(l.n, l.m, l.rank) for l in model.linear_layers(
+    Config(**model.PRESETS["DiT-S/2"])) if l.rank and l.rows > 1}))
+def test_sorted_equals_masked_in_every_layer_of_dit_s(n, m, r):
+    """At the sizes of DiT-S/2, float64, with rows that no chunk computes (they get a gradient of zero)."""
+    torch.manual_seed(r)
+    layer = lowrank.LowRankLinear(n, m, r).double()
+    for p in layer.parameters():
+        torch.nn.init.normal_(p)
+    config = Config(**model.PRESETS["DiT-S/2"])
+    t = torch.tensor([300, 301, 450, 640, 641, 642, 990])
+    phi = {r: config.rank_schedule().active(t, r)}
+    mask = lowrank.masks(phi, {r: r})[r]
+    chunks = [(first, *(config.rank_schedule().active(int(t_i), r) for t_i in ends))
+              for first, *ends in model.chunk_batch(config, t.tolist())]
+    x = torch.randn(7, 5, n, dtype=torch.float64)
+    found = []
+    for active in (mask, lowrank.Sorted(mask, torch.tensor(chunks))):
+        layer.zero_grad()
+        x_in = x.clone().requires_grad_()
+        y = layer(x_in, {r: active})
+        y.square().sum().backward()
+        found.append([y.detach(), x_in.grad, layer.U.grad, layer.V.grad, layer.bias.grad])
+    for a, b in zip(*found):
+        assert relative(b, a) < 1e-12
+    assert not found[1][2][phi[r].max():].any() and found[1][2][:phi[r].max()].any(1).all()
+
+
+def test_sorted_without_bias_and_for_one_vector_a_sample():
+    layer = lowrank.LowRankLinear(6, 8, 5, bias=False).double()
+    for p in layer.parameters():
+        torch.nn.init.normal_(p)
+    mask = lowrank.masks({5: torch.tensor([5, 3, 2])}, {5: 5})[5]
+    active = lowrank.Sorted(mask, torch.tensor([(0, 5, 3), (2, 2, 2)]))
+    for x in (torch.randn(3, 4, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)):
+        assert relative(layer(x, {5: active}), layer(x, {5: mask})) < 1e-14
+
+
+def test_sorted_under_bfloat16_autocast():
+    """Products in bfloat16, gradients in float32; no further from float32 than masking is (twice, at most)."""
+    net = awake(Config(**SMALL), dtype=torch.float32)
+    x, t, y = inputs(net.config, 13, dtype=torch.float32)
+    t = t.sort().values
+    grads = []
+    for active, enabled in ((net.active_ranks(t), False), (net.active_ranks(t), True), (sorted_active(net, t), True)):
+        net.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = net(x, t, y, active)
+        out.float().square().mean().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+        assert all(p.grad.dtype == torch.float32 for p in net.parameters())
+    error = [(g - grads[0]).norm() / grads[0].norm() for g in grads[1:]]
+    assert 1e-4 < error[1] < 2 * error[0]  # it did run in bfloat16
+
+
+def test_sorted_passes_the_checks_of_custom_operators():
+    """Shapes for the compiler, aliasing, autograd registration: PyTorch's own checker."""
+    torch.manual_seed(0)
+    x, U, V, bias = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 4, 6), (5, 8), (5, 6), (8,)))
+    mask = lowrank.masks({5: torch.tensor([5, 3, 2])}, {5: 5})[5].double()
+    torch.library.opcheck(lowrank._sorted_forward, (x, U, V, bias, mask, torch.tensor([(0, 5, 3), (2, 2, 2)])),
+                          test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+
+
+def test_cut_finds_the_fewest_chunks():
+    """Brute force over every way to cut small batches: no fewer chunks stay within the slack, and no other
+    cut into as many is cheaper."""
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        cost = sorted(rng.integers(40, 137, rng.integers(1, 9)).tolist(), reverse=True)
+        slack = rng.choice([0.0, 0.02, 0.1, 0.5])
+        price = lambda firsts: sum(cost[a] * (b - a) for a, b in zip(firsts, [*firsts[1:], len(cost)]))
+        every = [[0, *rest] for n in range(len(cost)) for rest in itertools.combinations(range(1, len(cost)), n)]
+        fewest = min(len(f) for f in every if price(f) <= (1 + slack) * sum(cost))
+        found = lowrank.cut(cost, slack)
+        assert len(found) == fewest and price(found) == min(price(f) for f in every if len(f) == fewest)
+
+
+@pytest.mark.parametrize("batch", [8, 32, 128, 1024])
+def test_sorted_computes_at_most_four_percent_more_than_needed(batch):
+    config = Config(**model.PRESETS["DiT-S/2"])
+    cost, g = model.rank_cost(config), torch.Generator().manual_seed(0)
+    assert cost[400] == sum(l.rows * (l.n + l.m) * config.rank_schedule().active(400, l.rank)
+                            for l in model.linear_layers(config) if l.rank)
+    for stratified in (False, True):
+        t = curriculum.Curriculum([1], T, 1).sample(batch, g, stratified).tolist()
+        chunks = model.chunk_batch(config, t)
+        ends = [first for first, *_ in chunks[1:]] + [batch]
+        assert all((t_first, t_last) == (t[first], t[end - 1]) for (first, t_first, t_last), end in zip(chunks, ends))
+        done = sum((end - first) * cost[t_first] for (first, t_first, _), end in zip(chunks, ends))
+        assert done <= 1.04 * sum(cost[i] for i in t) and len(chunks) <= 12
+
+
+def test_multiply_adds_of_a_sorted_step():
+    """sorted_step equals what PyTorch counts when the operators' own Python runs (it cannot see inside them)."""
+    config = Config(**SMALL | dict(image_size=16))
+    net = awake(config, dtype=torch.float32)
+    x, t, y = inputs(config, 9, dtype=torch.float32)
+    t = t.sort().values
+    for t_low in (1, int(t[0])):
+        real = (lowrank._sorted_forward, lowrank._sorted_backward)
+
+        class Plain(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, U, V, bias, mask, chunks):
+                y, packed = real[0]._init_fn(x, U, V, bias, mask, chunks)
+                ctx.save_for_backward(x, packed, U, V, mask, chunks)
+                return y, packed
+
+            @staticmethod
+            def backward(ctx, grad, _):
+                return *real[1]._init_fn(grad, *ctx.saved_tensors, True), grad.sum((0, 1)), None, None
+
+        with pytest.MonkeyPatch.context() as patch, counter() as count, sdpa_kernel(SDPBackend.MATH):
+            patch.setattr(lowrank, "_sorted_forward", Plain.apply)
+            net.zero_grad()
+            loss = net(x, t, y, active := sorted_active(net, t, t_low)).square().mean()
+            (loss + lowrank.orthogonality_penalty(net, active)).backward()
+        counted = count.get_total_flops() // 2
+        assert flops.sorted_step(config, t.tolist(), t_low) == counted
+        assert counted < flops.train_step(config, 9, flops.channels(config, t_low))
+    parts = [flops.sorted_step(config, t[i::2].tolist(), penalty=0) for i in range(2)]
+    assert flops.sorted_step(config, t.tolist(), penalty=0, processes=2) == sum(parts)
+
+
+def test_a_sorted_training_run_is_counted_by_typical_batches():
+    """Between the need of the average rank and 4 % more, and equal to the mean over random batches within 2 %."""
+    config = Config(**model.PRESETS["DiT-S/2"])
+    run = flops.training_run(config, 1, 64, penalty=False, execution="sorted")
+    g = torch.Generator().manual_seed(0)
+    random = [flops.sorted_step(config, curriculum.Curriculum([1], T, 1).sample(64, g).tolist(), penalty=0)
+              for _ in range(50)]
+    assert run == pytest.approx(np.mean(random), rel=0.02)
+    assert flops.training_run(config, 1, 64, penalty=False) > 1.2 * run
+    stages = [(2, 900), (3, 400)]
+    c = curriculum.Curriculum([1, 400, 900], T, 10)
+    total = 0
+    for c.stage, n in enumerate((2, 3, 5)):
+        p = c.probabilities()
+        t = [int((p.cumsum(0) > (i + 0.5) / 8).nonzero()[0]) for i in range(8)]
+        total += n * flops.sorted_step(config, t, c.t_low)
+    assert flops.training_run(config, 10, 8, stages, execution="sorted") == total
+    full = replace(config, method="full")
+    assert flops.training_run(full, 3, 8, execution="sorted") == flops.training_run(full, 3, 8)
+
+
+def test_stratified_draws_one_timestep_in_each_stratum_and_keeps_the_distribution():
+    c = curriculum.Curriculum([1, 500, 900], T, 1000)
+    for c.stage in range(3):
+        p, g = c.probabilities(), torch.Generator().manual_seed(c.stage)
+        draws = torch.stack([c.sample(50, g, stratified=True) for _ in range(4000)])
+        assert (draws.diff(dim=1) >= 0).all()
+        frequency = torch.bincount(draws.flatten(), minlength=T + 1).double() / draws.numel()
+        groups = lambda q: torch.stack([part.sum() for part in q[1:].split(20)])
+        n = draws.numel()
+        expected = groups(p)
+        assert ((groups(frequency) - expected).abs() <= 5 * (expected / n).sqrt() + 1e-12).all()
+        low, high = (torch.searchsorted(p.cumsum(0), torch.arange(50).double() / 50 + shift, right=True)
+                     for shift in (1e-12, 0.02 - 1e-12))
+        assert (draws >= low).all() and (draws <= high).all()
+    assert (c.sample(999, torch.Generator().manual_seed(0)).diff() >= 0).all()  # plain draws ascend, too
+
+
+def test_stratified_batches_vary_less():
+    config, c = Config(), curriculum.Curriculum([1], T, 1)
+    cost = torch.tensor(model.rank_cost(config)).double()
+    spread = {s: torch.stack([cost[c.sample(32, torch.Generator().manual_seed(i), s)].mean() for i in range(200)]).std()
+              for s in (False, True)}
+    assert spread[True] < 0.1 * spread[False]
+
+
+def test_speed_draws_early_timesteps_twice_as_often():
+    """SpeeD: t <= 700 with weight k = 2."""
+    p = curriculum.speed(T)
+    assert p[0] == 0 and p.sum().item() == pytest.approx(1)
+    assert p[700].item() == pytest.approx(2 / 1700) and p[701].item() == pytest.approx(1 / 1700) == p[T].item()
+    c = curriculum.Curriculum([1, 500], T, 10, base=p)
+    q = c.probabilities()
+    assert q[:500].sum() == 0 and q.sum().item() == pytest.approx(1) and (q[600] / q[800]).item() == pytest.approx(2)
+    c.stage = 1
+    assert torch.allclose(c.probabilities(), p)
+
+
+def test_curriculum_sampling_may_be_uniform_and_may_have_a_range():
+    """C.3.1: uniform over the groups that are in; --t-range: over a part of 1..T."""
+    c = curriculum.Curriculum([1, 500, 900], T, 10, progressive=False)
+    c.stage = 1
+    assert torch.allclose(c.probabilities()[500:], torch.full((501,), 1 / 501, dtype=torch.float64))
+    c = curriculum.Curriculum([34], T, 10, base=curriculum.uniform(T, 34, 358))
+    t = c.sample(20_000, torch.Generator().manual_seed(0))
+    assert c.t_low == t.min() == 34 and t.max() == 358 and not c.advance(9)
+
+
+def test_loss_weights():
+    """The formulas as published, at a few t, in Python floats; each divided by its mean under the draws of t."""
+    s = schedule.NoiseSchedule()
+    ab = s.alpha_bar.tolist()
+    snr = [a / (1 - a) if a < 1 else math.inf for a in ab]
+    growth = [ab[t - 1] - ab[t] for t in range(1, T + 1)]  # of the variance 1 - alpha_bar
+    low, high = min(growth), max(growth)
+    formulas = {
+        "none": lambda t: 1.0,
+        "erd": lambda t: math.sqrt(1 - ab[t]),
+        "min-snr": lambda t: min(snr[t], 5) / snr[t],
+        "p2": lambda t: 1 / (1 + snr[t]),
+        "speed": lambda t: 1.0 if t > 700 else 0.4 + 0.2 * (growth[t - 1] - low) / (high - low),
+    }
+    assert set(formulas) == set(schedule.WEIGHTINGS)
+    for p in (curriculum.uniform(T), curriculum.speed(T), curriculum.uniform(T, 300, 600)):
+        for name, formula in formulas.items():
+            w = schedule.loss_weight(name, s, p)
+            assert w.dtype == torch.float64 and (w * p)[1:].sum().item() == pytest.approx(1)
+            mean = sum(formula(t) * p[t].item() for t in range(1, T + 1))
+            for t in (1, 2, 100, 364, 500, 700, 701, 999, T):
+                assert w[t].item() == pytest.approx(formula(t) / mean, rel=1e-9), (name, t)
+
+
+def test_training_weighs_the_loss_it_minimises_and_logs_the_plain_one(tmp_path, monkeypatch):
+    """The weight of each sample's own t enters the gradient; metrics.jsonl stays comparable."""
+    assert quick_training("--steps", 1, "--out", tmp_path / "plain", "--method", "full")[0] == 0
+    monkeypatch.setitem(schedule.WEIGHTINGS, "p2", lambda s: (torch.arange(T + 1) > 500).double())  # seen by both
+    assert quick_training("--steps", 1, "--out", tmp_path / "p2", "--method", "full", "--weighting", "p2")[0] == 0
+    assert lines(tmp_path / "p2")[0]["loss"] == lines(tmp_path / "plain")[0]["loss"]
+    plain, weighted = (torch.load(tmp_path / n / "state.pt", weights_only=True) for n in ("plain", "p2"))
+    moments = [s["optimizer"]["state"] for s in (plain, weighted)]
+    assert any(relative(moments[1][i]["exp_avg"], moments[0][i]["exp_avg"]) > 0.05 for i in moments[0])
+
+
+def test_rank_multiple_rounds_up_and_never_above_r_max():
+    plain, rounded = schedule.RankSchedule(), schedule.RankSchedule(multiple=8)
+    for r in (5, 96, 137):
+        for t in (0, 1, 100, 101, 400, 777, T):
+            k = plain.active(t, r)
+            assert rounded.active(t, r) == min(r, -(-k // 8) * 8)
+    with pytest.raises(ValueError, match="multiple"):
+        schedule.RankSchedule(multiple=0)
+    refuses(flops, "--rank-multiple", 0, says="multiple")
+    wide, narrow = (flops.sampling(Config(**model.PRESETS["DiT-S/2"], method="iso-param", rank_multiple=n)) for n in (16, 1))
+    assert wide > narrow
+
+
+# ----------------------------------------------------------------------------------------------------
+# sampling: merged weights, conditioning once
+
+
+def test_merged_weights_equal_the_slices_they_replace():
+    """Above m n / (m + n) channels a layer multiplies by W_k; W_k grows by the new channels alone."""
+    net = awake(Config(**SMALL | dict(keep=0.9)))
+    x, _, y = inputs(net.config, 3)
+    merged, products, last = lowrank.Merged(net), 0, {}
+    for t in (1000, 600, 500, 400, 100, 50, 900):  # the last one goes back
+        active = net.active_ranks(t)
+        both = merged(active)
+        dense = {layer for layer in lowrank.low_rank_layers(net)
+                 if active[layer.rank] * (layer.U.shape[1] + layer.V.shape[1]) > layer.U.shape[1] * layer.V.shape[1]}
+        assert {key for key in both if not isinstance(key, int)} == dense
+        for layer in dense:
+            assert relative(both[layer], layer.weight(active[layer.rank])) < 1e-13
+        assert relative(net(x, torch.full((3,), t), y, both), net(x, torch.full((3,), t), y, active)) < 1e-12
+    assert dense or t == 900
+    with counter() as count:
+        merged = lowrank.Merged(net)
+        for t in schedule.sampling_timesteps(50)[:-1]:
+            merged(net.active_ranks(t))
+    assert count.get_total_flops() // 2 == flops.merging(net.config) > 0
+    assert flops.merging(Config(**SMALL)) == 0
+
+
+def test_sampling_counts_merged_layers_as_dense():
+    config = Config(**SMALL | dict(keep=0.9))
+    net = awake(config, dtype=torch.float32)
+    x = torch.randn(1, 3, 8, 8)
+    eps, total = sample.guided(net, torch.tensor([1]), 1.0), 0
+    for t in schedule.sampling_timesteps(20)[:-1]:
+        with counter() as count, torch.no_grad():
+            eps(x, t)
+        total += count.get_total_flops() // 2
+    assert total == flops.sampling(config, 20) + flops.merging(config)
+
+
+def test_conditioning_is_computed_once_for_each_label():
+    net = awake(Config(**SMALL))
+    x, _, _ = inputs(net.config, 6)
+    y = torch.tensor([0, 1, 0, 1, 1, 0])
+    rows = []
+    net.blocks[0].adaln.register_forward_hook(lambda _, args, out: rows.append(len(out)))
+    for labels, w in ((y, 2.0), (y, 1.0), (y, 0.0), (None, 2.0)):
+        sample.guided(net, labels, w)(x, 500)
+    assert rows == [3, 2, 1, 1]
+
+
+# ----------------------------------------------------------------------------------------------------
+# several processes
+
+
+def torchrun(n, script, *arguments, cwd=None):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
+                           "--", str(HERE / script), *map(str, arguments)], capture_output=True, text=True, cwd=cwd,
+                          env=environment, timeout=300)
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path):
+    """--batch-size is the global batch: timesteps, noise, flips and dropped labels are those of one process, the
+    curriculum watches the loss of all, process 0 writes, and a resumed run may have another number."""
+    run = ["--dataset", "shapes", "--image-size", 8, "--model", "tiny", "--batch-size", 8, "--log-every", 3, "--sample-every",
+           0, "--seed", 3, "--device", "cpu", "--rank-execution", "sorted", "--orthogonality", 0.01]
+    one = cli(train, "--steps", 12, "--save-every", 12, *run, "--out", tmp_path / "one")
+    assert one[0] == 0, one[2]
+    done = torchrun(2, "train.py", "--steps", 12, "--save-every", 8, *run, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done,") == 1 and "2 processes" in done.stdout
+    (tmp_path / "two" / "model.pt").unlink()
+    a, b = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("one", "two"))
+    for kind in ("model", "ema"):
+        for name, value in a[kind].items():
+            assert torch.allclose(b[kind][name], value, rtol=1e-3, atol=2e-5), name
+    for x, y in zip(lines(tmp_path / "one"), lines(tmp_path / "two")):
+        assert y["loss"] == pytest.approx(x["loss"], rel=1e-5) and y["t_low"] == x["t_low"]
+        for a, b in zip(x["loss_by_group"], y["loss_by_group"]):
+            assert a is b is None or b == pytest.approx(a, rel=1e-4)
+    code, _, err = cli(train, "--resume", "--steps", 14, "--out", tmp_path / "two")  # two began it, one goes on
+    assert code == 0 and torch.load(tmp_path / "two" / "state.pt", weights_only=True)["step"] == 14, err
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(tmp_path):
+    done = torchrun(2, "train.py", "--batch-size", 7, "--steps", 1, "--out", tmp_path / "r", "--device", "cpu")
+    assert done.returncode != 0 and "--batch-size 7" in done.stderr and not (tmp_path / "r").exists()
+
+
+def test_two_processes_draw_and_measure_the_same_images(run, tmp_path):
+    """sample.py and fid.py share batches out; images and figures are those of one process."""
+    for n, name in ((1, "one"), (2, "two")):
+        done = torchrun(n, "sample.py", "--run", run, "--num", 14, "--steps", 3, "--batch-size", 4, "--device", "cpu",
+                        "--out", tmp_path / f"{name}.npz")
+        assert done.returncode == 0 and done.stdout.count("14 images") == 1, done.stderr
+    one, two = (np.load(tmp_path / f"{name}.npz") for name in ("one", "two"))
+    assert np.array_equal(one["arr_0"], two["arr_0"]) and np.array_equal(one["labels"], two["labels"])
+
+    module = torch.jit.script(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Unflatten(1, (3, 64)), Mean()))
+    module.save(tmp_path / "features.pt")
+    results = []
+    for n in (1, 2):
+        done = torchrun(n, "fid.py", tmp_path / "one.npz", "shapes", "--image-size", 8, "--num", 100, "--batch-size", 4,
+                        "--features", tmp_path / "features.pt", "--data-dir", tmp_path / f"data{n}", "--device", "cpu", "--json")
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads(done.stdout))
+    for key, value in results[0].items():
+        assert results[1][key] == (pytest.approx(value, rel=1e-9) if isinstance(value, float) else value), key
+
+
+class Mean(torch.nn.Module):
+    def forward(self, x):
+        return x.float().mean(2)
+
+
+def test_the_ema_leaves_no_graph_behind(tmp_path, monkeypatch):
+    """Averaging outside no_grad would chain every step's operation to the last."""
+    seen = []
+    monkeypatch.setattr(train, "save_grid", lambda *_: None)
+    monkeypatch.setattr(train, "draw_images", lambda ema, *_, **__: (seen.extend(ema.parameters()), None))
+    assert quick_training("--steps", 2, "--out", tmp_path / "r")[0] == 0
+    assert seen and not any(p.requires_grad or p.grad_fn for p in seen)
+
+
+def test_held_out_loss(tmp_path):
+    """A model that answers zero has loss |eps|^2, about 1, in every group; the mean weighs groups by their length;
+    the same figures whatever the batch."""
+    images = data.load("shapes", split="test", image_size=8, num=300)
+    net = DiT(Config(**model.PRESETS["tiny"], image_size=8))
+    loss, groups = train.held_out_loss(net, images, per_group=100)
+    assert groups == pytest.approx([1] * 5, abs=0.02)
+    net = awake(Config(**model.PRESETS["tiny"], image_size=8), dtype=torch.float32)
+    loss, groups = train.held_out_loss(net, images, per_group=60)
+    sizes = np.diff([1, 34, 359, 901, 991, 1001])
+    assert loss == pytest.approx(np.dot(sizes, groups) / 1000) and (loss, groups) == train.held_out_loss(net, images, 60)
+    t, index = torch.tensor([5, 500, 990]), torch.tensor([7, 3, 250])
+    together = train.denoising_losses(net, images, index, t, seed=4)
+    assert torch.allclose(train.denoising_losses(net, images, index, t, 4, batch_size=1), together, rtol=1e-5)
+    eps = sample.ImageNoise(4, range(3), (3, 8, 8), torch.device("cpu"))()
+    ab = schedule.NoiseSchedule().alpha_bar[500]
+    x_t = ab.sqrt() * data.to_unit(images.images[3]) + (1 - ab).sqrt() * eps[1]
+    expected = (net(x_t[None].float(), t[1:2], images.labels[3:4]) - eps[1]).square().mean()
+    assert together[1].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_bench_smoke(tmp_path):
+    import bench
+    code, out, err = cli(bench, "--model", "tiny", "--image-size", 8, "--repetitions", 1, "--passes", 1, "--sampling-steps", 3,
+                         "--batch-size", 4, "--sampling-batch", 2, "--device", "cpu", "--out", tmp_path / "b.json")
+    assert code == 0, err
+    found = json.loads((tmp_path / "b.json").read_text())
+    rows = {row["variant"]: row for row in found["training"]["4"]["rows"]}
+    assert list(rows) == ["full", "static", "r_max", "masked", "sorted"] and rows["full"]["time / full"] == 1
+    assert rows["r_max"]["multiply-adds / full"] == rows["masked"]["multiply-adds / full"] \
+        > rows["sorted"]["multiply-adds / full"]
+    assert found["training"]["4"]["sorted low-rank multiply-adds / need, largest"] <= 1.04
+    assert 0 < rows["full"]["of peak"] and found["sampling"]["2"]["iso-param / static"] > 0
+    refuses(bench, "--keep", 2, says="keep")
+    refuses(bench, "--sampling-steps", 1001, says="1 to 1000")
+
+
+# ----------------------------------------------------------------------------------------------------
 # experiments/plot.py
 
 

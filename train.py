@@ -34,8 +34,8 @@ from torch.nn.parallel import DistributedDataParallel
 import flops
 from curriculum import Curriculum, cluster_timesteps, speed, uniform
 from data import (DATASETS, Dataset, InputError, Parser, batch_indices, decode, duration, end_progress,
-                  first_process_first, gather, keep_large_blocks, open_source, pick_device, positive_int, read_checkpoint, run_script,
-                  show_progress, start_processes, to_unit, write_then_rename)
+                  first_process_first, gather, keep_large_blocks, open_source, pick_device, positive_int,
+                  read_checkpoint, run_script, show_progress, start_processes, to_unit, write_then_rename)
 from lowrank import orthogonality_penalty
 from model import (PRESETS, TRAINING, Config, DiT, add_model_flags, chunk_batch, config_from_flags, parameter_count,
                    rank_summary)

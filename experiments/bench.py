@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 import flops
 import plot
 from curriculum import Curriculum
-from data import InputError, Parser, end_progress, keep_large_blocks, pick_device, positive_int, run_script, show_progress
+from data import (InputError, Parser, end_progress, keep_large_blocks, pick_device, positive_int, run_script,
+                  show_progress)
 from lowrank import orthogonality_penalty
 from model import PRESETS, Config, DiT, chunk_batch, rank_cost
 from sample import guided
