@@ -434,8 +434,6 @@ def _cifar10(data_dir: Path, split: str, image_size: int | None) -> Source:
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import download_url
 
-    if image_size not in (None, 32):
-        raise InputError("cifar10 has 32x32 images; leave --image-size out")
     archive = data_dir / CIFAR10.filename
     if not (data_dir / CIFAR10.base_folder).is_dir():
         if not archive.exists():
@@ -456,6 +454,8 @@ def _cifar10(data_dir: Path, split: str, image_size: int | None) -> Source:
         raise InputError(f"{data_dir / CIFAR10.base_folder} is incomplete; delete it and put "
                          f"{CIFAR10.filename} into {data_dir}/") from None
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2)
+    if image_size not in (None, 32):
+        images = F.interpolate(images, (image_size, image_size), mode="bilinear", antialias=True)  # as Pillow's
     return _from_arrays(f"cifar10 {split}", images, torch.tensor(data.targets), list(data.classes))
 
 

@@ -175,9 +175,10 @@ def save_grid(path: Path, images: torch.Tensor, columns: int) -> None:
     save_png(path, make_grid(images, nrow=columns, padding=2))
 
 
-def load_model(run: Path, device: torch.device) -> tuple[DiT, dict]:
-    """The EMA model of a run in evaluation mode, and the rest of its model.pt. Raises InputError."""
-    path = Path(run) / "model.pt"
+def load_model(run: Path, device: torch.device, file: str = "model.pt") -> tuple[DiT, dict]:
+    """The EMA model of a run in evaluation mode, and the rest of its model.pt, or of another `file` that
+    `--keep-models` has left. Raises InputError."""
+    path = Path(run) / file
     state = read_checkpoint(path, ("config", "model", "classes", "guidance", "step"))
     try:
         model = DiT(Config(**state["config"]), initialise=False)
