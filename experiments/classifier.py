@@ -202,7 +202,8 @@ def judge(model: Classifier, state: dict, source: Source, device: torch.device) 
             "per_class": per_class}
 
 
-def main():
+def main(argv: list[str] | None = None):
+    """argv: the command line, for scripts that need a classifier; default what was typed."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--dataset", default="shapes", help="shapes, cifar10, or a folder of class folders, a .zip of one, or a .npz "
@@ -230,7 +231,7 @@ def main():
         "folder with a folder per class, named by the class or its number")
     add("--json", action="store_true", help="print one JSON object instead of a table")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.classifier and not args.generated:
         raise InputError("--classifier alone has nothing to do; add --generated PATH to judge images with it")
     if not 0 < args.lr < 1:
