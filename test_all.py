@@ -2359,8 +2359,8 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     a, b = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("one", "two"))
     for name, value in a["model"].items():  # AdamW makes much of a rounding where gradients are near zero
         assert (b["model"][name] - value).norm() < 1e-3 * value.norm() + 1e-4, name
-    for i, moments in a["optimizer"]["state"].items():
-        assert relative(b["optimizer"]["state"][i]["exp_avg"], moments["exp_avg"]) < 1e-2, i
+    gradients = [torch.cat([moments["exp_avg"].flatten() for moments in run["optimizer"]["state"].values()]) for run in (a, b)]
+    assert (gradients[1] - gradients[0]).norm() < 1e-3 * gradients[0].norm()
     for x, y in zip(lines(tmp_path / "one"), lines(tmp_path / "two")):
         assert y["loss"] == pytest.approx(x["loss"], rel=1e-5) and y["t_low"] == x["t_low"]
         for a, b in zip(x["loss_by_group"], y["loss_by_group"]):
