@@ -139,26 +139,18 @@ def cut(cost: list[int], slack: float = 0.038, places: int = 64) -> list[int]:
 
 
 def _chunks(chunks: torch.Tensor, rows: int, mask: torch.Tensor, *tensors: torch.Tensor):
-    """For each chunk: its channels k, how to mask a (k, vectors) block of it in place, and its part of each of
-    the `tensors` (B * rows, ...)."""
+    """For each chunk: its channels k, how many of them its last sample needs, the mask (k - least, samples, 1) of the
+    others, and the chunk's part of each of the `tensors` (B * rows, ...)."""
     firsts, ks, least = chunks.t().tolist()
     ends = firsts[1:] + [len(mask)]
-    sizes = [(end - first) * rows for first, end in zip(firsts, ends)]
-
-    def masking(first, end, least, k):
-        def apply(block):
-            if least < k:  # channels below `least` are active in the whole chunk
-                block[least:].view(k - least, -1, rows).mul_(mask[first:end, least:k].t()[:, :, None])
-        return apply
-
-    masks = [masking(*one) for one in zip(firsts, ends, least, ks)]
-    return zip(ks, masks, *(tensor.split(sizes) for tensor in tensors))
+    masks = [mask.t()[l:k, first:end, None] for first, end, l, k in zip(firsts, ends, least, ks)]
+    return zip(ks, least, masks, *(tensor.split([(b - a) * rows for a, b in zip(firsts, ends)]) for tensor in tensors))
 
 
-def _block(buffer: torch.Tensor, k: int, vectors: int) -> torch.Tensor:
-    """The first k * vectors numbers of a flat buffer as (k, vectors)."""
-    flat = buffer[:k * vectors]
-    return flat.view(k, vectors) if channels_first(k) else flat.view(vectors, k).t()
+def _block(buffer: torch.Tensor, k: int, vectors: int, start: int = 0) -> torch.Tensor:
+    """Numbers `start` to start + k * vectors of a flat buffer, as (k, vectors)."""
+    strides = (vectors, 1) if channels_first(k) else (1, k)
+    return buffer.as_strided((k, vectors), strides, start)
 
 
 # Every product is written where it belongs: no padding to r_max, nothing concatenated.
@@ -172,11 +164,12 @@ def _sorted_forward(x: torch.Tensor, U: torch.Tensor, V: torch.Tensor, bias: Opt
     B, rows, n = x.shape
     y = x.new_empty(B * rows, U.shape[1])
     packed, used = x.new_empty(B * rows * mask.shape[1]), 0
-    for k, apply_mask, x_c, y_c in _chunks(chunks, rows, mask, x.reshape(B * rows, n), y):
-        h = _block(packed[used:], k, len(x_c))  # (k, vectors)
-        used += h.numel()
+    for k, least, mask_c, x_c, y_c in _chunks(chunks, rows, mask, x.reshape(B * rows, n), y):
+        h = _block(packed, k, len(x_c), used)  # (k, vectors)
+        used += k * len(x_c)
         torch.mm(V[:k], x_c.t(), out=h)
-        apply_mask(h)
+        if least < k:
+            h[least:].unflatten(1, (-1, rows)).mul_(mask_c)
         if bias is None:
             torch.mm(h.t(), U[:k], out=y_c)
         else:
@@ -196,17 +189,18 @@ def _sorted_backward(grad: torch.Tensor, x: torch.Tensor, packed: torch.Tensor, 
     dx = torch.empty_like(x) if input_grad else x.new_empty(B * rows, 0)
     dU, dV = torch.empty_like(U), torch.empty_like(V)
     scratch, used = None, 0
-    for k, apply_mask, x_c, grad_c, dx_c in _chunks(chunks, rows, mask, x, grad, dx):
-        h = _block(packed[used:], k, len(x_c))  # (k, vectors)
-        used += h.numel()
+    for k, least, mask_c, x_c, grad_c, dx_c in _chunks(chunks, rows, mask, x, grad, dx):
+        h = _block(packed, k, len(x_c), used)  # (k, vectors)
+        is_first, used = used == 0, used + k * len(x_c)
         if scratch is None or len(scratch) < h.numel():
             scratch = x.new_empty(h.numel())  # one for all chunks: small, so it stays in the cache
         dh = _block(scratch, k, len(x_c))
         torch.mm(U[:k], grad_c.t(), out=dh)
-        apply_mask(dh)
+        if least < k:
+            dh[least:].unflatten(1, (-1, rows)).mul_(mask_c)
         if input_grad:
             torch.mm(dh.t(), V[:k], out=dx_c)
-        if used == h.numel():
+        if is_first:
             torch.mm(h, grad_c, out=dU[:k])
             torch.mm(dh, x_c, out=dV[:k])
             dU[k:], dV[k:] = 0, 0
