@@ -374,7 +374,8 @@ def measure(source: Source, extractor: Extractor, device: torch.device, batch_si
     network = extractor.load(device)
     host = torch.device("cpu") if device.type == "mps" else device  # MPS knows no float64
     moments, spatial_moments, sums, points = Moments(), Moments(), torch.zeros(10, 1008 + 2).double(), []
-    for positions in _reporting(torch.arange(n).split(batch_size)[rank::world], source.name, f"batches of {batch_size}"):
+    mine = torch.arange(n).split(batch_size)[rank::world]
+    for positions in _reporting(mine, source.name, f"batches of {batch_size}"):
         picked = indices[positions].tolist()
         if n == len(source):
             images = source.read(picked[0], picked[-1] + 1)

@@ -447,13 +447,14 @@ def main():
         by_t = [dict(t=t, channels=channels(config, t), forward=forward(config, channels(config, t), merge=True))
                 for t in CHART_T]
         print(json.dumps(dict(run=args.run and str(args.run), config=asdict(config), steps=steps, batch_size=batch,
-                              penalty=penalty, rank_execution=execution, merging=merging(config), sampling_steps=args.sampling_steps, models=rows, by_t=by_t), indent=1))
+                              penalty=penalty, rank_execution=execution, merging=merging(config),
+                              sampling_steps=args.sampling_steps, models=rows, by_t=by_t), indent=1))
         return
     print(f"{title}; {config.channels}x{config.image_size}x{config.image_size}, {config.num_classes} classes")
     for line in rank_summary(config):
         print(line)
     if merging(config):
-        print(f"sampling multiplies by merged weights where they cost less; merging costs {amount(merging(config))} a batch")
+        print(f"sampling merges the layers above m n / (m + n), for {amount(merging(config))} multiply-adds a batch")
     print_comparison(rows, steps, args.sampling_steps)
     print("", *picture, sep="\n")
 

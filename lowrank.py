@@ -69,16 +69,15 @@ class LowRankLinear(nn.Module):
             # One vector a sample: what takes time is reading the weights, and every chunk would read them
             # again; such layers are a hundredth of the multiply-adds.
             channels = channels.mask
-        if isinstance(channels, torch.Tensor):
-            U, V = self.first(channels.shape[1])
-            h = F.linear(x, V)  # (B, ..., k)
-            # in place: nothing else needs h, and a second (B, ..., k) would have to go through memory
-            h.mul_(channels if h.dim() == 2 else channels[:, None])  # (B, k) or (B, 1, k)
-            return F.linear(h, U.t(), self.bias)  # (B, ..., m)
-        U, V = self.first(channels)
-        x_2d = x.reshape(-1, x.shape[-1])  # (vectors, n)
-        h = torch.mm(V, x_2d.t()).t() if channels_first(channels) else torch.mm(x_2d, V.t())  # (vectors, k)
-        y = torch.mm(h, U) if self.bias is None else torch.addmm(self.bias, h, U)  # (vectors, m)
+        masked = isinstance(channels, torch.Tensor)
+        k = channels.shape[1] if masked else channels
+        U, V = self.first(k)
+        flat = x.reshape(-1, x.shape[-1])  # (vectors, n)
+        h = torch.mm(V, flat.t()) if channels_first(k) else torch.mm(flat, V.t()).t()  # (k, vectors)
+        if masked:
+            # in place: nothing else needs h, and a second one would have to go through memory
+            h.unflatten(1, (len(x), -1)).mul_(channels.t()[:, :, None])  # (k, B, vectors of a sample)
+        y = torch.mm(h.t(), U) if self.bias is None else torch.addmm(self.bias, h.t(), U)  # (vectors, m)
         return y.view(*x.shape[:-1], -1)
 
     def first(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,6 +95,67 @@ class LowRankLinear(nn.Module):
 
 def low_rank_layers(model: nn.Module) -> list[LowRankLinear]:
     return [layer for layer in model.modules() if isinstance(layer, LowRankLinear)]
+
+
+# ----------------------------------------------------------------------------------------------------
+# From dense to low rank
+
+
+def spectral_factors(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best rank-r approximation of W (m, n), split evenly: U = P_r sqrt(S_r), V = Q_r sqrt(S_r)
+    with W = P S Q^T (spectral initialisation, Khodak et al. 2021). Returns (r, m) and (r, n).
+
+    A weight of zeros (adaLN starts there) would make both factors zero, and zero times zero never
+    trains: each factor's gradient is a product with the other. There V gets orthonormal rows and U
+    stays zero, so the layer starts at zero like the dense one and leaves it at the first step.
+    """
+    if not weight.any():
+        V = spectral_factors(nn.init.normal_(torch.empty_like(weight)), rank)[1]
+        return torch.zeros_like(weight[:, :rank].t()), F.normalize(V, dim=1)
+    P, S, Qt = torch.linalg.svd(weight, full_matrices=False)
+    root = S[:rank].sqrt()
+    return (P[:, :rank] * root).t(), root[:, None] * Qt[:rank]
+
+
+@torch.no_grad()
+def factorise(model: nn.Module, ranks: dict[str, int], initialise: bool = True) -> None:
+    """Replaces the dense layers named in `ranks` by low-rank ones that approximate them; in place.
+
+    ranks: module name -> r_max. initialise=False leaves the factors at zero, for a model whose weights
+    are about to be loaded. Works on a fresh model (spectral initialisation) and on a trained one
+    (post-hoc compression) alike.
+    """
+    for name, rank in ranks.items():
+        dense = model.get_submodule(name)
+        low = LowRankLinear(dense.in_features, dense.out_features, rank, bias=dense.bias is not None)
+        low.to(dense.weight.device, dense.weight.dtype)
+        if initialise:
+            U, V = spectral_factors(dense.weight, rank)
+            low.U.copy_(U)
+            low.V.copy_(V)
+        if dense.bias is not None:
+            low.bias.copy_(dense.bias)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, low)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Which channels are active
+
+
+def widths(active) -> dict[int, int]:
+    """{r_max: k}, the most channels that a sample may use, of any `active` but None."""
+    masks = {r: c.mask if isinstance(c, Sorted) else c for r, c in active.items()}
+    return {r: c.shape[1] if isinstance(c, torch.Tensor) else c for r, c in masks.items()}
+
+
+def masks(phi: dict[int, torch.Tensor], k: dict[int, int]) -> dict[int, torch.Tensor]:
+    """Per-sample masks, NA-LR Eq. (3): S[i, j] = 1 where channel j < Phi(t_i), inside the first k.
+
+    phi: {r_max: Phi(t_i) (B,)}; k: {r_max: channels to compute}, at least the largest Phi(t_i).
+    Returns {r_max: float32 (B, k)}.
+    """
+    return {r: (torch.arange(k[r], device=p.device) < p[:, None]).float() for r, p in phi.items()}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -241,68 +301,7 @@ def sorted_low_rank(x, U, V, bias, active: Sorted):
     if torch.is_autocast_enabled(x.device.type):  # autocast does not look into our own operators
         dtype = torch.get_autocast_dtype(x.device.type)
         x, U, V, bias = (a if a is None else a.to(dtype) for a in (x, U, V, bias))
-    return _sorted_forward(x, U, V, bias, active.mask.to(x.dtype), active.chunks)[0]
-
-
-# ----------------------------------------------------------------------------------------------------
-# From dense to low rank
-
-
-def spectral_factors(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best rank-r approximation of W (m, n), split evenly: U = P_r sqrt(S_r), V = Q_r sqrt(S_r)
-    with W = P S Q^T (spectral initialisation, Khodak et al. 2021). Returns (r, m) and (r, n).
-
-    A weight of zeros (adaLN starts there) would make both factors zero, and zero times zero never
-    trains: each factor's gradient is a product with the other. There V gets orthonormal rows and U
-    stays zero, so the layer starts at zero like the dense one and leaves it at the first step.
-    """
-    if not weight.any():
-        V = spectral_factors(nn.init.normal_(torch.empty_like(weight)), rank)[1]
-        return torch.zeros_like(weight[:, :rank].t()), F.normalize(V, dim=1)
-    P, S, Qt = torch.linalg.svd(weight, full_matrices=False)
-    root = S[:rank].sqrt()
-    return (P[:, :rank] * root).t(), root[:, None] * Qt[:rank]
-
-
-@torch.no_grad()
-def factorise(model: nn.Module, ranks: dict[str, int], initialise: bool = True) -> None:
-    """Replaces the dense layers named in `ranks` by low-rank ones that approximate them; in place.
-
-    ranks: module name -> r_max. initialise=False leaves the factors at zero, for a model whose weights
-    are about to be loaded. Works on a fresh model (spectral initialisation) and on a trained one
-    (post-hoc compression) alike.
-    """
-    for name, rank in ranks.items():
-        dense = model.get_submodule(name)
-        low = LowRankLinear(dense.in_features, dense.out_features, rank, bias=dense.bias is not None)
-        low.to(dense.weight.device, dense.weight.dtype)
-        if initialise:
-            U, V = spectral_factors(dense.weight, rank)
-            low.U.copy_(U)
-            low.V.copy_(V)
-        if dense.bias is not None:
-            low.bias.copy_(dense.bias)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, low)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Which channels are active
-
-
-def widths(active) -> dict[int, int]:
-    """{r_max: k}, the most channels that a sample may use, of any `active` but None."""
-    masks = {r: c.mask if isinstance(c, Sorted) else c for r, c in active.items()}
-    return {r: c.shape[1] if isinstance(c, torch.Tensor) else c for r, c in masks.items()}
-
-
-def masks(phi: dict[int, torch.Tensor], k: dict[int, int]) -> dict[int, torch.Tensor]:
-    """Per-sample masks, NA-LR Eq. (3): S[i, j] = 1 where channel j < Phi(t_i), inside the first k.
-
-    phi: {r_max: Phi(t_i) (B,)}; k: {r_max: channels to compute}, at least the largest Phi(t_i).
-    Returns {r_max: float32 (B, k)}.
-    """
-    return {r: (torch.arange(k[r], device=p.device) < p[:, None]).float() for r, p in phi.items()}
+    return _sorted_forward(x, U, V, bias, active.mask, active.chunks)[0]
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -298,8 +298,8 @@ class DiT(nn.Module):
         if chunks is None:
             return active
         k = self.rank_schedule.active
-        return {r: Sorted(mask, torch.tensor([(first, k(t_first, r), k(t_last, r)) for first, t_first, t_last in chunks]))
-                for r, mask in active.items()}
+        return {r: Sorted(mask, torch.tensor([(first, k(t_first, r), k(t_last, r)) for first, t_first, t_last in
+                                              chunks])) for r, mask in active.items()}
 
     def forward(self, x, t, y, active=None):
         """x (B, C, H, W) float, t int64 (B,) in 1..T, y int64 (B,) in 0..num_classes, where

@@ -39,7 +39,7 @@ from data import (DATASETS, Dataset, InputError, Parser, batch_indices, decode, 
 from lowrank import orthogonality_penalty
 from model import (PRESETS, TRAINING, Config, DiT, add_model_flags, chunk_batch, config_from_flags, parameter_count,
                    rank_summary)
-from sample import ImageNoise, draw_images, grid_columns, newest_run, save_grid
+from sample import ImageNoise, draw_images, grid_columns, load_model, newest_run, save_grid
 from schedule import WEIGHTINGS, T, NoiseSchedule, add_noise, loss_weight
 
 # ----------------------------------------------------------------------------------------------------
@@ -50,6 +50,10 @@ TIMESTEPS = ("uniform", "stratified", "speed", "speed-stratified")
 EXECUTIONS = ("mask", "sorted")
 
 PAPER, TINY = TRAINING["DiT"], TRAINING["tiny"]
+
+# the noise groups of `loss_by_group`: NA-LR B.1
+LOSS_GROUPS = cluster_timesteps(NoiseSchedule().log_snr, 5)  # their first timesteps
+GROUP_NAMES = [f"{first}-{end - 1}" for first, end in zip(LOSS_GROUPS, LOSS_GROUPS[1:] + [T + 1])]
 
 # What a resumed run may be told anew. Everything else would make it another run.
 # (The dataset may have moved; that it still holds the same images and classes is checked.)
@@ -100,13 +104,13 @@ def parse_arguments(argv):
     p.add_argument("--curriculum-alpha", type=float, metavar="F",
                    help="factor of the loss's EMA whose plateau brings the next group (default 0.05)")
     p.add_argument("--curriculum-sampling", choices=("progressive", "uniform"),
-                   help="progressive: groups that are in keep their share (C.3.3); uniform: all groups that are in alike "
+                   help="progressive: groups that are in keep their share (C.3.3); uniform: all that are in alike "
                         "(default progressive)")
     p.add_argument("--no-restart", dest="restart", action="store_false", default=None,
                    help="keep optimiser state and learning rate when a group comes (C.3.4 restarts both)")
     p.add_argument("--timesteps", choices=TIMESTEPS,
-                   help="how t is drawn: uniform, or as SpeeD does; each independently or stratified, which spreads every "
-                        "batch over all noise levels (default uniform)")
+                   help="how t is drawn: uniform, or as SpeeD does; each independently or stratified, which spreads "
+                        "every batch over all noise levels (default uniform)")
     p.add_argument("--t-range", type=t_range, metavar="A-B", help="train on these timesteps alone (no curriculum)")
     p.add_argument("--weighting", choices=WEIGHTINGS,
                    help="of the loss along t, with mean 1 under the distribution of t (default none)")
@@ -203,7 +207,7 @@ def held_out_loss(model: DiT, dataset: Dataset, per_group: int = 1000, seed: int
     """The denoising loss on images the model has not seen: its mean over all t, and in each of the five
     log-SNR groups of `loss_by_group`. Every model meets the same images, noise and timesteps, which
     are spread evenly over each group, so that differences between models are not those of the draw."""
-    starts = cluster_timesteps(NoiseSchedule().log_snr, 5) + [T + 1]
+    starts = LOSS_GROUPS + [T + 1]
     places = (torch.arange(per_group, dtype=torch.float64) + 0.5) / per_group
     t = torch.cat([first + (places * (end - first)).long() for first, end in zip(starts, starts[1:])])
     order = torch.randperm(len(dataset.images), generator=torch.Generator().manual_seed(seed))  # not class by class
@@ -251,6 +255,12 @@ def open_run(args, given: dict) -> tuple[Path | None, dict | None]:
     return folder, saved
 
 
+def finished(folder: Path, s: dict) -> bool:
+    if not (folder / "state.pt").exists() or (s["sample_every"] and not (folder / "samples" / "final.png").exists()):
+        return False
+    return read_checkpoint(folder / "state.pt", ("step",))["step"] == s["steps"]
+
+
 def new_folder(s: dict, config: Config) -> Path:
     """Makes and returns runs/003-shapes-tiny-iso-compute-0.5, counting up."""
     keep = "" if config.method == "full" else f"-{config.keep:g}"
@@ -291,9 +301,13 @@ def main(argv: list[str] | None = None):
     folder, saved = open_run(args, given)
     s = choose_settings((saved["model"] | saved["train"] | given) if saved else given)
     check_settings(s)
+    if saved and all((saved["train"] | saved["model"]).get(k) == v for k, v in given.items()) and finished(folder, s):
+        print(f"{folder} has all its {s['steps']:,} steps already")
+        return
     rank, world, device = start_processes(pick_device(s["device"]))  # torchrun's; 0, 1 without it
     if s["batch_size"] % world:
-        raise InputError(f"--batch-size {s['batch_size']} is for all processes together; {world} cannot share it equally")
+        raise InputError(f"--batch-size {s['batch_size']} is for all {world} processes together, which cannot share it "
+                         f"equally; give a multiple of {world}")
     dtype = getattr(torch, s["dtype"] or ("bfloat16" if device.type == "cuda" else "float32"))
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for the few float32 products beside autocast
@@ -336,7 +350,6 @@ def main(argv: list[str] | None = None):
     base = speed(T) if s["timesteps"].startswith("speed") else uniform(T, first, last)
     curriculum = Curriculum(starts, T, s["steps"], s["curriculum_share"], alpha=s["curriculum_alpha"], base=base,
                             progressive=s["curriculum_sampling"] == "progressive")
-    group_starts = np.array(cluster_timesteps(noise_schedule.log_snr, 5))  # of the logged losses
     host_rng = torch.Generator().manual_seed(s["seed"])
     device_rng = torch.Generator(device).manual_seed(s["seed"] + 2**31)
 
@@ -515,13 +528,13 @@ def main(argv: list[str] | None = None):
             if not torch.isfinite(values).all():
                 raise not_finite(step)
             curriculum.observe(step - pending, values.mean(1).tolist())
-            group = np.searchsorted(group_starts, timesteps[:pending].flatten().numpy(), side="right") - 1
-            sums = np.bincount(group, values.flatten().numpy(), len(group_starts))
-            counts = np.bincount(group, minlength=len(group_starts))
+            group = np.searchsorted(LOSS_GROUPS, timesteps[:pending].flatten().numpy(), side="right") - 1
+            sums = np.bincount(group, values.flatten().numpy(), len(LOSS_GROUPS))
+            counts = np.bincount(group, minlength=len(LOSS_GROUPS))
             now = time.time()
             line = dict(step=step, loss=values.mean().item(),
                         loss_by_group=[float(a / c) if c else None for a, c in zip(sums, counts)], lr=lr,
-                        stage=curriculum.stage, t_low=curriculum.t_low, t_high=T,
+                        stage=curriculum.stage, t_low=curriculum.t_low, t_high=last,
                         active_rank=max(flops.channels(config, curriculum.t_low).values(), default=None),
                         images_per_s=(step - logged) * s["batch_size"] / (now - clock - paused), flops=spent)
             metrics.write(json.dumps(line) + "\n")
@@ -543,6 +556,7 @@ def main(argv: list[str] | None = None):
         paused += time.time() - pause
 
     end_progress()
+    metrics.close()
     for sig, handler in handlers.items():
         signal.signal(sig, handler)
     if step < s["steps"]:
@@ -556,6 +570,30 @@ def main(argv: list[str] | None = None):
         names = dataset.classes if len(dataset.classes) == grid_columns(len(dataset.classes)) else []
         print(f"picture     {picture}" + (f" (columns: {', '.join(names)})" if names else ""))
     print(f"more        python sample.py --run {folder}")
+
+
+def train_and_measure(folder: Path, flags: list[str], held_out: Dataset, per_group: int, device) -> dict:
+    """For scripts that compare runs: trains one, or goes on with it, by the command line `flags`. Returns its held-out
+    losses (`loss`, `loss_by_group`), multiply-adds (`flops`) and log `lines`. The losses are kept in the run's
+    measured.json with what they were measured on, and measured again if that differs."""
+    main(["--resume", "--out", str(folder), *flags])
+    model, state = load_model(folder, device)
+    key = dict(step=state["step"], images=f"{len(held_out.images)} of {held_out.name}", per_group=per_group)
+    try:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        run = dict(lines=lines, flops=lines[-1]["flops"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{folder / 'metrics.jsonl'} is damaged ({error!r}); delete the folder to train it") from None
+    try:
+        measured = json.loads((folder / "measured.json").read_text())
+        known = all(measured[name] == value for name, value in key.items())
+    except (OSError, ValueError, LookupError, TypeError):
+        known = False
+    if not known:
+        loss, by_group = held_out_loss(model, held_out, per_group)
+        measured = key | dict(loss=loss, loss_by_group=by_group)
+        write_then_rename(folder / "measured.json", lambda file: file.write(json.dumps(measured).encode()))
+    return run | dict(loss=measured["loss"], loss_by_group=measured["loss_by_group"])
 
 
 if __name__ == "__main__":

@@ -20,21 +20,17 @@ Every run is a folder under --out, named by its flags; the baseline serves all c
 where it was stopped. Flags that are not listed here go to train.py.
 """
 
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's top level
 import plot
 import train
-from curriculum import cluster_timesteps
-from data import Dataset, InputError, Parser, load, open_source, pick_device, positive_int, run_script
+from data import InputError, Parser, load, open_source, pick_device, positive_int, run_script
 from model import PRESETS
-from sample import load_model
-from schedule import NoiseSchedule, T
+from train import GROUP_NAMES
 
 # ----------------------------------------------------------------------------------------------------
 # Settings
@@ -52,8 +48,6 @@ ABLATIONS = {
     "sampling": {"progressive": {}, "uniform": {"curriculum-sampling": "uniform"}, "no curriculum": NO_CURRICULUM},
     "restart": {"on": {}, "off": {"no-restart": ""}, "no curriculum": NO_CURRICULUM},
 }
-STARTS = cluster_timesteps(NoiseSchedule().log_snr, 5) + [T + 1]  # the groups of every loss_by_group
-GROUPS = [f"{first}-{end - 1}" for first, end in zip(STARTS, STARTS[1:])]
 CLEANEST, NOISIEST = 0, 4
 HARMLESS = 0.01  # Table 5: with a curriculum FID changes by -0.9 to +0.8 %
 
@@ -76,29 +70,6 @@ def folder_name(change: dict[str, str], extra: list[str], steps: int, seed: int)
     return "-".join(word.lstrip("-").replace("/", "_") for word in words)
 
 
-def trained(folder: Path, flags: list[str], held_out: Dataset, per_group: int, device) -> dict:
-    """Trains a run, or goes on with it: its held-out losses, multiply-adds and log lines. The losses are kept in the
-    run's measured.json with what they were measured on."""
-    train.main(["--resume", "--out", str(folder), *flags])
-    model, state = load_model(folder, device)
-    key = dict(step=state["step"], images=f"{len(held_out.images)} of {held_out.name}", per_group=per_group)
-    try:
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        run = dict(lines=lines, flops=lines[-1]["flops"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{folder / 'metrics.jsonl'} is damaged ({error!r}); delete the folder to train it") from None
-    try:
-        measured = json.loads((folder / "measured.json").read_text())
-        known = all(measured[name] == value for name, value in key.items())
-    except (OSError, ValueError, LookupError, TypeError):
-        known = False
-    if not known:
-        loss, by_group = train.held_out_loss(model, held_out, per_group)
-        measured = key | dict(loss=loss, loss_by_group=by_group)
-        plot.write_json(folder / "measured.json", measured)
-    return run | dict(loss=measured["loss"], loss_by_group=measured["loss_by_group"])
-
-
 def until_all_in(lines: list[dict], groups: int) -> tuple[int | None, int]:
     """After how many steps the last of the curriculum's groups came (None: it did not), and how many came. Plateaus are
     noticed at log lines, so a stage that a line is the first to show began at the line before."""
@@ -119,14 +90,6 @@ def forgetting(lines: list[dict], group: int, groups: int) -> float | None:
 
 # ----------------------------------------------------------------------------------------------------
 # Verdicts
-
-
-def difference(ours, theirs) -> tuple[float, float | None]:
-    """ours / theirs - 1, paired by seed (the first axis): the mean, and the half-width of its 95 % interval (Student's
-    t over the seeds); None for a single seed."""
-    change = np.asarray(ours, dtype=float) / np.asarray(theirs, dtype=float) - 1
-    n = len(change)
-    return change.mean(0), stats.t.ppf(0.975, n - 1) * change.std(0, ddof=1) / n**0.5 if n > 1 else None
 
 
 def figure(mean: float, half: float | None) -> str:
@@ -155,7 +118,7 @@ def judge(results: dict) -> list[dict]:
         if None in a + b:
             said.append(dict(ablation=ablation, paper=paper, here=f"{what}: not known", verdict="run more steps"))
             return
-        mean, half = difference(a, b)
+        mean, half = plot.relative_change(a, b)
         found = verdict(mean, 0.0 if key == "flops" else half, sign, limit)  # multiply-adds need no second seed
         said.append(dict(ablation=ablation, paper=paper, here=f"{what}: {figure(mean, half)}", difference=mean,
                          interval=half, verdict=found))
@@ -163,18 +126,18 @@ def judge(results: dict) -> list[dict]:
     def against(ablation, names, reference, group):
         rows = results[ablation]
         of = lambda name: [row["loss_by_group"][group] for row in rows[name]]
-        return ", ".join(f"{name} {figure(*difference(of(name), of(reference)))}" for name in names)
+        return ", ".join(f"{name} {figure(*plot.relative_change(of(name), of(reference)))}" for name in names)
 
     if "rho-min" in results:
         say("rho-min", "below 0.4 a gap remains on the noisiest group (Figure 10)",
-            f"loss at t {GROUPS[NOISIEST]}, 0.3 against 0.4", "0.3", "0.4", NOISIEST, +1)
+            f"loss at t {GROUP_NAMES[NOISIEST]}, 0.3 against 0.4", "0.3", "0.4", NOISIEST, +1)
         said[-1]["here"] += f"; against static: {against('rho-min', ('0.3', '0.4', '0.5', '0.6'), 'static', NOISIEST)}"
     if "profile" in results:
         say("profile", "logistic is better than linear (FID, Figure 11)", "loss, linear against logistic", "linear",
             "logistic", "loss", +1)
     if "warm-start" in results:
         say("warm-start", "it keeps the last channels from underfitting (C.1.3, without a figure)",
-            f"loss at t {GROUPS[CLEANEST]}, without against with", "0", "0.1", CLEANEST, +1)
+            f"loss at t {GROUP_NAMES[CLEANEST]}, without against with", "0", "0.1", CLEANEST, +1)
     if "curriculum" in results:
         say("curriculum", f"harmless: FID within {HARMLESS:.0%} (Table 5)", "loss, on against off", "on", "off",
             "loss", -1, HARMLESS)
@@ -191,7 +154,7 @@ def judge(results: dict) -> list[dict]:
                          else "appears in part" if longer > shorter else "does not appear"))
     if "sampling" in results:
         say("sampling", "uniform sampling forgets the groups that came first (Figures 14, 16)",
-            f"training loss at t {GROUPS[NOISIEST]}, last over second quarter of the curriculum, uniform against "
+            f"training loss at t {GROUP_NAMES[NOISIEST]}, last over second quarter of the curriculum, uniform against "
             "progressive", "uniform", "progressive", "forgetting", +1)
         ratios = {name: [row["forgetting"] for row in results["sampling"][name]] for name in ("progressive", "uniform")}
         if None not in ratios["progressive"] + ratios["uniform"]:
@@ -200,7 +163,7 @@ def judge(results: dict) -> list[dict]:
             "uniform", "progressive", "loss", +1)
     if "restart" in results:
         say("restart", "boost and reset help the groups that come last (Figure 17)",
-            f"loss at t {GROUPS[CLEANEST]}, without against with", "off", "on", CLEANEST, +1)
+            f"loss at t {GROUP_NAMES[CLEANEST]}, without against with", "off", "on", CLEANEST, +1)
         gaps = against("restart", ("on", "off"), "no curriculum", CLEANEST)
         said[-1]["here"] += f"; against no curriculum: {gaps}"
     return said
@@ -226,18 +189,18 @@ def draw(results: dict, path: Path) -> None:
         if ablation != "alpha":  # its runs have other settings, and may have another length
             baseline, *others = sorted(variants, key=lambda name: len(differing(ABLATIONS[ablation][name])))
             for name in others:
-                change = difference(losses(variants[name]), losses(variants[baseline]))[0]
+                change = plot.relative_change(losses(variants[name]), losses(variants[baseline]))[0]
                 rows.setdefault(variants[name][0]["run"], (f"{ablation} {name}", 100 * change))
     if rows:
         names, values = zip(*rows.values())
-        charts.append(plot.heat_map(values, names, ["all t", *GROUPS], "Held-out loss against the baseline, %",
+        charts.append(plot.heat_map(values, names, ["all t", *GROUP_NAMES], "Held-out loss against the baseline, %",
                                     "%", "timesteps t", spec="+.1f"))
     for ablation, group, title in (("rho-min", NOISIEST, "Smallest rank, and the noisiest group"),
                                    ("sampling", NOISIEST, "Sampling, and the group that comes first"),
                                    ("restart", CLEANEST, "Restart, and the group that comes last")):
         if ablation in results:
             curves = {name: curve(runs[0]["lines"], group) for name, runs in results[ablation].items()}
-            charts.append(plot.line_chart(curves, title, "steps", f"training loss, t {GROUPS[group]}", log_y=True))
+            charts.append(plot.line_chart(curves, title, "steps", f"training loss, t {GROUP_NAMES[group]}", log_y=True))
     if "alpha" in results:
         stages = {name: [(line["step"], line["stage"] + 1) for line in runs[0]["lines"]]
                   for name, runs in results["alpha"].items()}
@@ -258,7 +221,7 @@ def report(results: dict, n_groups: int) -> None:
         for name, runs in variants.items():
             row = {"ablation": ablation, "variant": name, "loss": cell([run["loss"] for run in runs], ".5f")}
             row |= {f"t {group}": cell([run["loss_by_group"][i] for run in runs], ".3g")
-                    for i, group in enumerate(GROUPS)}
+                    for i, group in enumerate(GROUP_NAMES)}
             row["multiply-adds, T"] = cell([run["flops"] / 1e12 for run in runs], ".4g")
             row["all groups in after"] = ", ".join(
                 "-" if not run["curriculum"] else f"{run['until_all_in']:,}" if run["until_all_in"] is not None
@@ -325,7 +288,7 @@ def main():
         if folder not in done:
             print(f"\n{i + 1} of {len(planned)}: {ablation} {name}, seed {seed}", flush=True)
             flags = as_flags(common | {"steps": str(steps), "seed": str(seed)} | BASELINE | change) + extra
-            run = done[folder] = trained(folder, flags, held_out, args.per_group, device)
+            run = done[folder] = train.train_and_measure(folder, flags, held_out, args.per_group, device)
             groups = max(1, int((BASELINE | change)["curriculum-groups"]))
             run["until_all_in"], run["groups_in"] = until_all_in(run["lines"], groups)
             run["forgetting"] = forgetting(run["lines"], NOISIEST, groups)
@@ -343,7 +306,7 @@ def main():
     without_lines = {ablation: {name: [{key: value for key, value in run.items() if key != "lines"} for run in runs]
                                 for name, runs in variants.items()} for ablation, variants in results.items()}
     settings = vars(args) | {"out": str(args.out), "train": extra}
-    plot.write_json(args.out / "results.json", dict(settings=settings, baseline=BASELINE, groups=GROUPS,
+    plot.write_json(args.out / "results.json", dict(settings=settings, baseline=BASELINE, groups=GROUP_NAMES,
                                                     ablations=without_lines, verdicts=said))
     draw(results, args.out / "figure.png")
     print(f"wrote {args.out / 'results.json'} and {args.out / 'figure.png'}")

@@ -199,7 +199,8 @@ def main():
     add("--passes", type=positive_int, default=5, metavar="N", help="passes through the sampling steps (default 5)")
     add("--only", choices=("training", "sampling"))
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--dtype", choices=("float32", "bfloat16"), help="of the matrix products (default bfloat16 on CUDA, else float32)")
+    add("--dtype", choices=("float32", "bfloat16"),
+        help="of the matrix products (default bfloat16 on CUDA, else float32)")
     add("--compile", action="store_true", help="torch.compile the models")
     add("--out", type=Path, metavar="FILE.json", help="also write the figures there")
     args = parser.parse_args()
@@ -210,7 +211,8 @@ def main():
         raise InputError("times on mps are not supported; use --device cpu")
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     try:
-        full = Config(**PRESETS[args.model], image_size=args.image_size, rank_multiple=args.rank_multiple, method="full")
+        full = Config(**PRESETS[args.model], image_size=args.image_size, method="full",
+                      rank_multiple=args.rank_multiple)
         configs = {"full": full} | {method: replace(full, method=method, keep=args.keep)
                                     for method in ("static", "iso-compute", "iso-param")}
     except ValueError as error:
@@ -222,7 +224,8 @@ def main():
 
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     where = f"{name}, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}" + ", compiled" * args.compile
-    print(f"{args.model}, keep {args.keep:g}, {args.image_size}x{args.image_size}; {where}; {time.strftime('%Y-%m-%d')}")
+    size, today = f"{args.image_size}x{args.image_size}", time.strftime("%Y-%m-%d")
+    print(f"{args.model}, keep {args.keep:g}, {size}; {where}; {today}")
     results = {"model": args.model, "keep": args.keep, "where": where, "training": {}, "sampling": {}}
     peak = Peak(device, dtype)
     formats = {"variant": "", "seconds": ".4f", "images/s": ".1f", "time / full": ".3f", "multiply-adds / full": ".3f",

@@ -38,12 +38,11 @@ import fid
 import flops
 import plot
 import train
-from curriculum import cluster_timesteps
 from data import (DATASETS, Dataset, InputError, Parser, end_progress, load, open_source, pick_device, positive_int,
                   run_script, show_progress, write_then_rename)
 from model import METHODS, PRESETS, parameter_count
 from sample import draw_images, load_model, save_grid
-from schedule import T, NoiseSchedule
+from schedule import T
 
 KEEPS = (0.75, 0.5, 0.25)
 ROWS = [("full", None)] + [(method, keep) for keep in KEEPS for method in METHODS[1:]]  # of the table
@@ -375,8 +374,7 @@ def main():
     rows = collect(runs, {name: result for name, result in measured.items() if result})
     if not rows:
         raise InputError(f"{args.out} holds no finished run of these settings; leave --report out to train them")
-    starts = cluster_timesteps(NoiseSchedule().log_snr, 5) + [T + 1]
-    groups = [f"{first}-{end - 1}" for first, end in zip(starts, starts[1:])]
+    groups = train.GROUP_NAMES
     print_tables(rows, groups)
     comparisons = print_words(rows)
     print(f"\n{len(missing)} of {len(runs)} runs are missing: {', '.join(missing)}" if missing else "\nall runs are in")

@@ -33,7 +33,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 import flops
 import plot
 import train
-from curriculum import cluster_timesteps
 from data import (DATASETS, Dataset, InputError, Parser, batch_indices, end_progress, load, pick_device, positive_int,
                   read_checkpoint, run_script, show_progress, to_unit, write_then_rename)
 from lowrank import factorise
@@ -291,8 +290,7 @@ def main():
                       "training": float(np.mean(spent)), "loss": float(np.mean(losses)), "losses": list(losses),
                       "loss_sd": float(np.std(losses, ddof=1)) if args.seeds > 1 else None,
                       "by_group": np.mean(by_group, 0).tolist()}
-    starts = cluster_timesteps(NoiseSchedule().log_snr, 5) + [T + 1]
-    groups = [f"{first}-{end - 1}" for first, end in zip(starts, starts[1:])]
+    groups = train.GROUP_NAMES
     print()
     plot.print_table([{"model": row["model"], "params, M": row["parameters"] / 1e6, "loss": row["loss"],
                        "100 DDIM steps": flops.amount(row["sampling"]), "sd": row["loss_sd"],

@@ -21,23 +21,21 @@ timesteps for others moves the mean whatever it does for the pictures. With --cl
 experiments/classifier.py) the samples are judged as well. Flags that are not listed here go to train.py.
 """
 
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's top level
 import flops
 import plot
 import train
 from classifier import load_classifier, predict
-from curriculum import cluster_timesteps
-from data import Dataset, InputError, Parser, load, open_source, pick_device, positive_int, run_script
+from data import InputError, Parser, load, open_source, pick_device, positive_int, run_script
 from model import METHODS, PRESETS, config_from_flags
 from sample import draw_images, load_model
-from schedule import NoiseSchedule, T
+from schedule import T
+from train import GROUP_NAMES
 
 # ----------------------------------------------------------------------------------------------------
 # Settings
@@ -54,8 +52,6 @@ CONTESTANTS = {  # flags of train.py; of a flag that is there twice the last one
     "curriculum": [*PLAIN, "--curriculum-groups", "10", "--curriculum-share", "0.4"],
     "sorted": [*PLAIN, "--rank-execution", "sorted", "--timesteps", "stratified"],
 }
-STARTS = cluster_timesteps(NoiseSchedule().log_snr, 5) + [T + 1]  # the groups of every loss_by_group
-GROUPS = [f"{first}-{end - 1}" for first, end in zip(STARTS, STARTS[1:])]
 
 # ----------------------------------------------------------------------------------------------------
 # Equal multiply-adds
@@ -91,29 +87,6 @@ def steps_for(budget: int, cost) -> int:
 # One run
 
 
-def trained(folder: Path, flags: list[str], held_out: Dataset, per_group: int, device) -> dict:
-    """Trains a run, or goes on with it: its held-out losses, multiply-adds and log lines. The losses are kept in the
-    run's measured.json with what they were measured on."""
-    train.main(["--resume", "--out", str(folder), *flags])
-    model, state = load_model(folder, device)
-    key = dict(step=state["step"], images=f"{len(held_out.images)} of {held_out.name}", per_group=per_group)
-    try:
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        run = dict(lines=lines, flops=lines[-1]["flops"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{folder / 'metrics.jsonl'} is damaged ({error!r}); delete the folder to train it") from None
-    try:
-        measured = json.loads((folder / "measured.json").read_text())
-        known = all(measured[name] == value for name, value in key.items())
-    except (OSError, ValueError, LookupError, TypeError):
-        known = False
-    if not known:
-        loss, by_group = train.held_out_loss(model, held_out, per_group)
-        measured = key | dict(loss=loss, loss_by_group=by_group)
-        plot.write_json(folder / "measured.json", measured)
-    return run | dict(loss=measured["loss"], loss_by_group=measured["loss_by_group"])
-
-
 def recognised(folder: Path, judge, num: int, seed: int, device) -> float:
     """The share of `num` samples of a run that the classifier takes for the class they were asked to be."""
     model, state = load_model(folder, device)
@@ -129,14 +102,6 @@ def recognised(folder: Path, judge, num: int, seed: int, device) -> float:
 # The result
 
 
-def difference(ours, theirs) -> tuple[float, float | None]:
-    """ours / theirs - 1, paired by seed (the first axis): the mean, and the half-width of its 95 % interval (Student's
-    t over the seeds); None for a single seed."""
-    change = np.asarray(ours, dtype=float) / np.asarray(theirs, dtype=float) - 1
-    n = len(change)
-    return change.mean(0), stats.t.ppf(0.975, n - 1) * change.std(0, ddof=1) / n**0.5 if n > 1 else None
-
-
 def losses(runs: list[dict]) -> np.ndarray:
     """(seeds, 6): held-out loss in all, then in each group"""
     return np.array([[run["loss"], *run["loss_by_group"]] for run in runs])
@@ -144,8 +109,8 @@ def losses(runs: list[dict]) -> np.ndarray:
 
 def in_words(name: str, runs: list[dict], plain: list[dict]) -> str:
     """How a contestant differs from `plain`, and whether that can be told from chance."""
-    mean, half = difference(losses(runs), losses(plain))
-    said, names = [], ["in all", *(f"t {group}" for group in GROUPS)]
+    mean, half = plot.relative_change(losses(runs), losses(plain))
+    said, names = [], ["in all", *(f"t {group}" for group in GROUP_NAMES)]
     for label, value, spread in zip(names, mean, [None] * 6 if half is None else half):
         sure = "" if spread is None else " (beyond the spread)" if abs(value) > spread else " (within the spread)"
         said.append(f"{label} {100 * value:+.1f} %" + ("" if spread is None else f" ± {100 * spread:.1f}{sure}"))
@@ -155,7 +120,7 @@ def in_words(name: str, runs: list[dict], plain: list[dict]) -> str:
 def curve(lines: list[dict], points: int = 30) -> tuple[list[float], list[float]]:
     """Training loss over multiply-adds: means over `points` stretches of the log. Groups count as under uniform t,
     whatever the contestant drew; missing while a group is not drawn."""
-    share = np.diff(STARTS) / T
+    share = np.diff(train.LOSS_GROUPS + [T + 1]) / T
     values = np.array([line["loss_by_group"] for line in lines], dtype=float)  # (lines, 5)
     parts = np.array_split(np.arange(len(lines)), min(points, len(lines)))
     means = [np.nansum(values[part], 0) / np.isfinite(values[part]).sum(0).clip(1e-9) for part in parts]
@@ -236,7 +201,7 @@ def main():
                 folder = args.out / "-".join([method, name, *(word.lstrip("-").replace("/", "_") for word in extra),
                                               "steps", str(steps), "seed", str(seed)])
                 flags = [*flags, "--steps", str(steps), "--seed", str(seed)]
-                run = trained(folder, flags, held_out, args.per_group, device)
+                run = train.train_and_measure(folder, flags, held_out, args.per_group, device)
                 run |= dict(run=folder.name, steps=steps, expected=expected)
                 run["recognised"] = recognised(folder, judge, args.num, seed, device) if judge else None
                 results[method][name].append(run)
@@ -252,13 +217,14 @@ def main():
                    "expected, T": runs[0]["expected"] / 1e12,
                    "spent, T": spread([run["flops"] / 1e12 for run in runs], ".5g")}
             row |= {label: spread(values, spec) for label, values, spec in
-                    zip(["loss", *(f"t {group}" for group in GROUPS)], losses(runs).T, [".5f", *[".3g"] * 5])}
+                    zip(["loss", *(f"t {group}" for group in GROUP_NAMES)], losses(runs).T, [".5f", *[".3g"] * 5])}
             row |= {"recognised": spread([run["recognised"] for run in runs], ".1%")} if judge else {}
             table.append(row)
         others = [name for name in race if name != "plain"]
         if others:
-            values = [100 * difference(losses(race[name]), losses(plain))[0] for name in others]
-            charts.append(plot.heat_map(values, others, ["all t", *GROUPS], f"{method}: held-out loss against plain, %",
+            values = [100 * plot.relative_change(losses(race[name]), losses(plain))[0] for name in others]
+            title = f"{method}: held-out loss against plain, %"
+            charts.append(plot.heat_map(values, others, ["all t", *GROUP_NAMES], title,
                                         "%", "timesteps t", spec="+.1f"))
             words += [f"{method}, {in_words(name, race[name], plain)}" for name in others]
         charts.append(plot.line_chart({name: curve(runs[0]["lines"]) for name, runs in race.items()},
@@ -277,7 +243,7 @@ def main():
     rows = {method: {name: [{key: value for key, value in run.items() if key != "lines"} for run in runs]
                      for name, runs in race.items()} for method, race in results.items()}
     settings = vars(args) | {"out": str(args.out), "train": extra}
-    plot.write_json(args.out / "results.json", dict(settings=settings, groups=GROUPS, methods=rows, words=words))
+    plot.write_json(args.out / "results.json", dict(settings=settings, groups=GROUP_NAMES, methods=rows, words=words))
     plot.save(args.out / "figure.png", *charts)
     print(f"wrote {args.out / 'results.json'} and {args.out / 'figure.png'}")
 

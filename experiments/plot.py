@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's top level
 from data import write_then_rename
@@ -322,6 +323,14 @@ def print_table(rows: Sequence[Mapping], columns: Mapping[str, str]) -> None:
     table.insert(1, ["-" * (width - r) + ":" * r for width, r in zip(widths, right)])
     for line in table:
         print("|", " | ".join(text.rjust(w) if r else text.ljust(w) for text, w, r in zip(line, widths, right)), "|")
+
+
+def relative_change(ours, theirs) -> tuple[float, float | None]:
+    """ours / theirs - 1, paired by seed (the first axis): the mean, and the half-width of its 95 % interval (Student's
+    t over the seeds); None for a single seed."""
+    change = np.asarray(ours, dtype=float) / np.asarray(theirs, dtype=float) - 1
+    n = len(change)
+    return change.mean(0), stats.t.ppf(0.975, n - 1) * change.std(0, ddof=1) / n**0.5 if n > 1 else None
 
 
 def write_json(path: Path | str, value) -> None:

@@ -32,15 +32,13 @@ from scipy.stats import spearmanr
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's top level
 import plot
 import train
-from curriculum import cluster_timesteps
 from data import DATASETS, Dataset, InputError, Parser, load, pick_device, positive_int, run_script, to_unit
 from model import DiT, parameter_count
 from sample import ImageNoise, load_model
 from schedule import NoiseSchedule, T, add_noise
 
-STARTS = cluster_timesteps(NoiseSchedule().log_snr, 5)  # 1, 34, 359, 901, 991
-GROUPS = [(first, end - 1) for first, end in zip(STARTS, STARTS[1:] + [T + 1])]
-NAMES = [f"t {first}-{last}" for first, last in GROUPS]
+GROUPS = [(first, end - 1) for first, end in zip(train.LOSS_GROUPS, train.LOSS_GROUPS[1:] + [T + 1])]
+NAMES = [f"t {name}" for name in train.GROUP_NAMES]
 BIN = 20  # timesteps in a point of the loss curve
 BATCHES = 10  # in which the gradients of (a) are accumulated (B.2)
 KEEP = 0.1  # share of each linear layer's parameters that low rank leaves (B.4)
