@@ -2350,17 +2350,17 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     curriculum watches the loss of all, process 0 writes, and a resumed run may have another number."""
     run = ["--dataset", "shapes", "--image-size", 8, "--model", "tiny", "--batch-size", 8, "--log-every", 3, "--sample-every",
            0, "--seed", 3, "--device", "cpu", "--rank-execution", "sorted", "--orthogonality", 0.01]
-    one = cli(train, "--steps", 12, "--save-every", 12, *run, "--out", tmp_path / "one")
-    assert one[0] == 0, one[2]
+    one = torchrun(1, "train.py", "--steps", 12, "--save-every", 12, *run, "--out", tmp_path / "one")  # as many threads
+    assert one.returncode == 0, one.stderr
     done = torchrun(2, "train.py", "--steps", 12, "--save-every", 8, *run, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done,") == 1 and "2 processes" in done.stdout
     (tmp_path / "two" / "model.pt").unlink()
     a, b = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("one", "two"))
-    # gradients as a whole, and the layer whose gradients are never near zero (there AdamW makes much of a rounding)
+    for name, value in a["model"].items():  # AdamW makes much of a rounding where gradients are near zero
+        assert torch.allclose(b["model"][name], value, rtol=1e-3, atol=2e-4), name
     gradients = [torch.cat([m["exp_avg"].flatten() for m in run["optimizer"]["state"].values()]) for run in (a, b)]
-    assert (gradients[1] - gradients[0]).norm() < 1e-3 * gradients[0].norm()
-    assert relative(b["model"]["final_out.weight"], a["model"]["final_out.weight"]) < 1e-3
+    assert (gradients[1] - gradients[0]).norm() < 1e-4 * gradients[0].norm()
     for x, y in zip(lines(tmp_path / "one"), lines(tmp_path / "two")):
         assert y["loss"] == pytest.approx(x["loss"], rel=1e-5) and y["t_low"] == x["t_low"]
         for a, b in zip(x["loss_by_group"], y["loss_by_group"]):
