@@ -9,7 +9,7 @@ to every layer as the argument `active`:
                          where mask[i] is 1; k is what the neediest sample may need
     {r_max: Sorted}      the same result for a batch in ascending order of t, without most of the products
                          that masking multiplies by zero: see "Sorted execution"
-    {layer: W (m,n)}     beside the others: this layer multiplies by a dense W_k, see `Merged`
+    "merged": {layer: W} beside the others: these layers multiply by a dense W_k (m,n), see `Merged`
 
 The key is the layer's own r_max, because layers of different shapes have different ranks. Nothing is
 stored on a module, so passes with different ranks can share one model.
@@ -59,8 +59,8 @@ class LowRankLinear(nn.Module):
         """x (B, ..., n) -> (B, ..., m), with the channels that `active` allows (see the top)."""
         if active is None:
             channels = self.rank
-        elif self in active:
-            return F.linear(x, active[self], self.bias)
+        elif "merged" in active and self in active["merged"]:
+            return F.linear(x, active["merged"][self], self.bias)
         else:
             channels = active[self.rank]
         if isinstance(channels, Sorted):
@@ -339,7 +339,7 @@ def orthogonality_penalty(model: nn.Module, active=None) -> torch.Tensor:
 
 class Merged:
     """The dense W_k = U_k V_k^T of those layers whose k is above that rank, for a sampler that goes
-    through the timesteps. Called with `active`, {r_max: k}, it returns it with {layer: W_k} added.
+    through the timesteps. Called with `active`, {r_max: k}, it returns it with "merged": {layer: W_k} added.
 
     k grows from step to step, and W_k with it, by the new channels' products alone: a whole sampling run
     merges each layer once. The weights must not change meanwhile.
@@ -361,4 +361,4 @@ class Merged:
                 self.W[layer].addmm_(layer.U[have:k].t(), layer.V[have:k])
             self.k[layer] = k
             merged[layer] = self.W[layer]
-        return active | merged
+        return active | {"merged": merged} if merged else active

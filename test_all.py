@@ -2298,9 +2298,9 @@ def test_merged_weights_equal_the_slices_they_replace():
         both = merged(active)
         dense = {layer for layer in lowrank.low_rank_layers(net)
                  if active[layer.rank] * (layer.U.shape[1] + layer.V.shape[1]) > layer.U.shape[1] * layer.V.shape[1]}
-        assert {key for key in both if not isinstance(key, int)} == dense
+        assert set(both.get("merged", {})) == dense and {k: v for k, v in both.items() if k != "merged"} == active
         for layer in dense:
-            assert relative(both[layer], layer.weight(active[layer.rank])) < 1e-13
+            assert relative(both["merged"][layer], layer.weight(active[layer.rank])) < 1e-13
         assert relative(net(x, torch.full((3,), t), y, both), net(x, torch.full((3,), t), y, active)) < 1e-12
     assert dense or t == 900
     with counter() as count:
