@@ -15,6 +15,7 @@ import ctypes
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -130,6 +131,11 @@ def gather(x, world: int) -> list:
     everyones = [None] * world
     dist.all_gather_object(everyones, x)
     return everyones
+
+
+def in_turns(lists: list[list]) -> list:
+    """[a0, b0, a1, b1, a2] of [[a0, a1, a2], [b0, b1]]: batches that processes took in turns, in order again."""
+    return [batch for turn in itertools.zip_longest(*lists) for batch in turn if batch is not None]
 
 
 def write_then_rename(path: Path, write: Callable[[io.BufferedWriter], None]) -> None:
@@ -495,6 +501,36 @@ def load(name: str, data_dir: str = "data", split: str = "train", image_size: in
          num: int = 20_000, seed: int = 0) -> Dataset:
     """A whole source (`open_source`, same arguments and errors) in memory."""
     return decode(open_source(name, data_dir, split, image_size, num, seed), data_dir)
+
+
+def add_image_flags(parser: Parser) -> None:
+    """--dataset, --test, --data-dir and --image-size, alike in all scripts that compare models on held-out images."""
+    add = parser.add_argument
+    add("--dataset", default="cifar10", metavar="NAME|PATH", help=f"what to train on: {', '.join(DATASETS)}, or a "
+        "folder, .zip or .npz (default cifar10, downloaded once)")
+    add("--test", metavar="NAME|PATH", help="images to hold out; needed with a PATH (default: the test split of a "
+        "named dataset)")
+    add("--data-dir", default="data", metavar="DIR", help="where datasets and caches are kept (default data)")
+    add("--image-size", type=positive_int, metavar="N", help="draw or resize images to this size (default 16; a .npz "
+        "is taken as it is)")
+
+
+def settle_image_flags(args) -> None:
+    """Fills in args.test and args.image_size. Raises InputError if there is nothing to hold out."""
+    if not args.test and args.dataset not in DATASETS:
+        raise InputError(f"{args.dataset} has no test split of its own; add --test with images to hold out")
+    args.test = args.test or args.dataset
+    args.image_size = args.image_size or (None if args.dataset.lower().endswith(".npz") else 16)
+
+
+def load_held_out(args, num: int) -> Dataset:
+    """The images that models trained on args.dataset are judged by (of shapes, `num`). Raises InputError if they have
+    other classes or another size than those of args.dataset."""
+    source = open_source(args.dataset, args.data_dir, image_size=args.image_size, num=1)
+    test = load(args.test, args.data_dir, "test", args.image_size, num)
+    if (source.classes, source.read(0, 1).shape[1:]) != (test.classes, test.images.shape[1:]):
+        raise InputError(f"--test {args.test} has other classes or another image size than {args.dataset}")
+    return test
 
 
 def decode(source: Source, data_dir: str = "data") -> Dataset:

@@ -20,7 +20,6 @@ Reads after data.py; nothing else here depends on it. Every image is uint8 befor
 import contextlib
 import functools
 import hashlib
-import itertools
 import json
 import logging
 import sys
@@ -39,8 +38,8 @@ import torch.nn.functional as F
 from scipy.linalg.lapack import dpstrf
 from torchvision.models import Inception3
 
-from data import (InputError, Parser, Source, check_sha256, duration, end_progress, gather, open_source, pick_device,
-                  positive_int, run_script, show_progress, start_processes, write_then_rename)
+from data import (InputError, Parser, Source, check_sha256, duration, end_progress, gather, in_turns, open_source,
+                  pick_device, positive_int, run_script, show_progress, start_processes, write_then_rename)
 
 # ----------------------------------------------------------------------------------------------------
 # The measures
@@ -399,8 +398,7 @@ def measure(source: Source, extractor: Extractor, device: torch.device, batch_si
         if i != rank:
             moments.merge(others_moments), spatial_moments.merge(others_spatial)
             sums += others_sums
-    points = [batch for turn in itertools.zip_longest(*(parts for *_, parts in everyone)) for batch in turn
-              if batch is not None]  # in the order of the images
+    points = in_turns([parts for *_, parts in everyone])
     height, width = source.read(0, 1).shape[2:]  # a process may have had no batch
     mu_s, sigma_s = spatial_moments.result() if spatial_moments.n else (None, None)
     score = inception_score(sums) if spatial_moments.n else None

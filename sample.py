@@ -8,7 +8,6 @@ NA-LR section 2.1 (slicing, Eq. 5) and D.1. At one t all images share the active
 low-rank layer multiplies by its first Phi(t) channels only. Read schedule.py and model.py before.
 """
 
-import itertools
 import math
 import sys
 import time
@@ -20,8 +19,9 @@ import torch
 from PIL import Image
 from torchvision.utils import make_grid
 
-from data import (IMAGE_ENDINGS, InputError, Parser, duration, end_progress, gather, pick_device, positive_int,
-                  read_checkpoint, run_script, show_progress, start_processes, to_uint8, write_then_rename)
+from data import (IMAGE_ENDINGS, InputError, Parser, duration, end_progress, gather, in_turns, pick_device,
+                  positive_int, read_checkpoint, run_script, show_progress, start_processes, to_uint8,
+                  write_then_rename)
 from lowrank import Merged
 from model import Config, DiT
 from schedule import NoiseSchedule, sampling_timesteps
@@ -279,8 +279,7 @@ def main():
             labels.append(drawn_labels)
     end_progress()
     everyone = gather((images, labels), world)
-    images, labels = ([batch for turn in itertools.zip_longest(*lists) for batch in turn if batch is not None]
-                      for lists in zip(*everyone))  # batches in the order of the images
+    images, labels = (in_turns(lists) for lists in zip(*everyone))
     if rank:
         return
     if out.suffix == ".npz":

@@ -2782,17 +2782,21 @@ def test_claims_follow_the_figures():
     assert rank_analysis.trend(rank_analysis.rank_correlation([1, 2, 3, 5, 4])) == "appears"  # exactly 0.9
 
 
-@pytest.fixture(scope="module")
-def rank_runs(tmp_path_factory):
-    """A finished rank analysis of a very small model, and the flags it was made with."""
-    folder = tmp_path_factory.mktemp("ranks")
+def image_files(folder):
+    """Flags that name 40 labelled 8 x 8 images to train on and as many to hold out."""
     for name, seed in (("train", 1), ("test", 2)):
         images, labels = data.draw_shapes(40, 8, seed)
         labels[:10] = torch.arange(10)  # both have all ten
         np.savez(folder / f"{name}.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
-    flags = ["--dataset", folder / "train.npz", "--test", folder / "test.npz", "--steps", 40, "--group-steps", 20,
-             "--checkpoints", 2, "--batch-size", 4, "--gradient-batch", 4, "--per-timestep", 1, "--data-dir", folder,
-             "--device", "cpu", "--out", folder / "out"]
+    return ["--dataset", folder / "train.npz", "--test", folder / "test.npz", "--data-dir", folder]
+
+
+@pytest.fixture(scope="module")
+def rank_runs(tmp_path_factory):
+    """A finished rank analysis of a very small model, and the flags it was made with."""
+    folder = tmp_path_factory.mktemp("ranks")
+    flags = [*image_files(folder), "--steps", 40, "--group-steps", 20, "--checkpoints", 2, "--batch-size", 4,
+             "--gradient-batch", 4, "--per-timestep", 1, "--device", "cpu", "--out", folder / "out"]
     small = dict(depth=1, width=32, heads=2, patch=4, conditioning="shared", dense_mlp_blocks=0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(model.PRESETS, "tiny", small)
@@ -2841,7 +2845,7 @@ def test_rank_analysis_refuses(rank_runs, folder, tmp_path):
                             (["--test", tmp_path / "none"], "no dataset"), (["--test", "shapes"], "other classes"),
                             (["--device", "abacus"], "abacus"), (["--model", "huge"], "huge"), (["--batch-size", "x"], "x")):
         refuses(rank_analysis, *new, *arguments, says=says)
-    refuses(rank_analysis, "--dataset", folder[0], "--out", tmp_path / "new", says=("needs --test", str(folder[0])))
+    refuses(rank_analysis, "--dataset", folder[0], "--out", tmp_path / "new", says=("add --test", str(folder[0])))
     assert not (tmp_path / "new").exists()
     refuses(rank_analysis, *flags, "--steps", 80, says=("run of 40 steps, not 80", "--out"))
     for name, content, says in (("model_0000020.pt", None, "model_0000020.pt does not exist"),
@@ -2884,13 +2888,9 @@ def test_cifar10_is_resized(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def few_images(tmp_path_factory):
-    """Flags for runs of a second: 40 labelled 8 x 8 images to train on, 20 to hold out."""
-    folder = tmp_path_factory.mktemp("few")
-    for name, n, seed in (("train", 40, 0), ("test", 20, 1)):
-        images, labels = data.draw_shapes(n, 8, seed)
-        np.savez(folder / f"{name}.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
-    return ["--dataset", folder / "train.npz", "--test", folder / "test.npz", "--data-dir", folder, "--batch-size", 4,
-            "--per-group", 8, "--device", "cpu", "--log-every", 1, "--steps", 20]
+    """Flags for runs of a second."""
+    return [*image_files(tmp_path_factory.mktemp("few")), "--batch-size", 4, "--per-group", 8, "--device", "cpu",
+            "--log-every", 1, "--steps", 20]
 
 
 def held_out_of(flags):

@@ -26,6 +26,7 @@ import textwrap
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Sequence
 
 import numpy as np
 import torch
@@ -53,7 +54,8 @@ PAPER, TINY = TRAINING["DiT"], TRAINING["tiny"]
 
 # the noise groups of `loss_by_group`: NA-LR B.1
 LOSS_GROUPS = cluster_timesteps(NoiseSchedule().log_snr, 5)  # their first timesteps
-GROUP_NAMES = [f"{first}-{end - 1}" for first, end in zip(LOSS_GROUPS, LOSS_GROUPS[1:] + [T + 1])]
+GROUP_EDGES = LOSS_GROUPS + [T + 1]
+GROUP_NAMES = [f"{first}-{end - 1}" for first, end in zip(GROUP_EDGES, GROUP_EDGES[1:])]
 
 # What a resumed run may be told anew. Everything else would make it another run.
 # (The dataset may have moved; that it still holds the same images and classes is checked.)
@@ -186,20 +188,27 @@ def learning_rate(step: int, start: int, stage: int, s: dict) -> float:
 # Held-out loss
 
 
+def noised_losses(model: DiT, dataset: Dataset, images: torch.Tensor, t: torch.Tensor, samples: Sequence[int],
+                  seed: int) -> torch.Tensor:
+    """The denoising loss (B,) of image number images[i] of `dataset` at timestep t[i], both int64 (B,), with the noise
+    that samples[i] of the seed meets: on the model's device, with its graph."""
+    device = model.position.device
+    x_0 = to_unit(dataset.images[images]).to(device)
+    y = dataset.labels[images] if dataset.classes else torch.full_like(images, model.config.num_classes)
+    eps = ImageNoise(seed, samples, x_0.shape[1:], device)()
+    x_t = add_noise(x_0, eps, *(a.to(device) for a in NoiseSchedule().coefficients(t)))
+    return (model(x_t, t.to(device), y.to(device)).float() - eps).square().mean((1, 2, 3))
+
+
 @torch.no_grad()
 def denoising_losses(model: DiT, dataset: Dataset, images: torch.Tensor, t: torch.Tensor, seed: int = 0,
                      batch_size: int = 250) -> torch.Tensor:
     """The denoising loss of image number images[i] of `dataset` at timestep t[i], both int64 (N,):
     float64 (N,) on the CPU. Sample i of a seed meets the same noise whatever the model and the batch."""
-    noise_schedule, device, losses = NoiseSchedule(), model.position.device, []
+    losses = []
     for first in range(0, len(t), batch_size):
-        part = slice(first, first + batch_size)
-        x_0 = to_unit(dataset.images[images[part]]).to(device)
-        y = dataset.labels[images[part]] if dataset.classes else torch.full_like(images[part], model.config.num_classes)
-        eps = ImageNoise(seed, range(first, first + len(x_0)), x_0.shape[1:], device)()
-        x_t = add_noise(x_0, eps, *(a.to(device) for a in noise_schedule.coefficients(t[part])))
-        eps_hat = model(x_t, t[part].to(device), y.to(device))
-        losses.append((eps_hat.float() - eps).square().mean((1, 2, 3)).double().cpu())
+        samples = range(first, min(first + batch_size, len(t)))
+        losses.append(noised_losses(model, dataset, images[samples], t[samples], samples, seed).double().cpu())
     return torch.cat(losses)
 
 
@@ -207,13 +216,12 @@ def held_out_loss(model: DiT, dataset: Dataset, per_group: int = 1000, seed: int
     """The denoising loss on images the model has not seen: its mean over all t, and in each of the five
     log-SNR groups of `loss_by_group`. Every model meets the same images, noise and timesteps, which
     are spread evenly over each group, so that differences between models are not those of the draw."""
-    starts = LOSS_GROUPS + [T + 1]
     places = (torch.arange(per_group, dtype=torch.float64) + 0.5) / per_group
-    t = torch.cat([first + (places * (end - first)).long() for first, end in zip(starts, starts[1:])])
+    t = torch.cat([first + (places * (end - first)).long() for first, end in zip(GROUP_EDGES, GROUP_EDGES[1:])])
     order = torch.randperm(len(dataset.images), generator=torch.Generator().manual_seed(seed))  # not class by class
     losses = denoising_losses(model, dataset, order[torch.arange(len(t)) % len(order)], t, seed)
     by_group = losses.view(5, per_group).mean(1)
-    share = torch.tensor(starts, dtype=torch.float64).diff() / T
+    share = torch.tensor(GROUP_EDGES, dtype=torch.float64).diff() / T
     return (share * by_group).sum().item(), by_group.tolist()
 
 

@@ -28,7 +28,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's top level
 import plot
 import train
-from data import InputError, Parser, load, open_source, pick_device, positive_int, run_script
+from data import (InputError, Parser, add_image_flags, load_held_out, pick_device, positive_int, run_script,
+                  settle_image_flags)
 from model import PRESETS
 from train import GROUP_NAMES
 
@@ -238,12 +239,7 @@ def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--only", default=",".join(ABLATIONS), metavar="NAME,NAME", help="which ablations (default: all)")
-    add("--dataset", default="cifar10", metavar="NAME|PATH", help="what to train on: shapes, cifar10, celeba, or a "
-        "folder, .zip or .npz (default cifar10)")
-    add("--test", metavar="NAME|PATH", help="held-out images (default: the test split of a named dataset)")
-    add("--data-dir", default="data", metavar="DIR", help="where named datasets and caches are kept (default data)")
-    add("--image-size", type=positive_int, metavar="N", help="draw or resize images to this size (default 16; a .npz "
-        "is taken as it is)")
+    add_image_flags(parser)
     add("--model", choices=PRESETS, default="tiny", metavar="NAME", help="tiny, DiT-S/2, ... (default tiny)")
     add("--method", choices=("iso-compute", "iso-param"), default="iso-compute", help="(default iso-compute)")
     add("--steps", type=positive_int, default=1500, metavar="N", help="of each run (default 1500)")
@@ -264,19 +260,12 @@ def main():
     varied = {"seed", *BASELINE}.union(*(change for variants in ABLATIONS.values() for change in variants.values()))
     if clash := [word for word in extra if word.split("=")[0].removeprefix("--") in varied]:
         raise InputError(f"{clash[0]} is set by this script; leave it out, or change BASELINE and ABLATIONS in it")
-    if not args.test and args.dataset not in ("shapes", "cifar10", "celeba"):
-        raise InputError(f"{args.dataset} has no test split of its own; add --test with images to hold out")
+    settle_image_flags(args)
     device = pick_device(args.device)
-    size_of = lambda name: args.image_size or (None if name.endswith(".npz") else 16)
-    size, test = size_of(args.dataset), args.test or args.dataset
-    held_out = load(test, args.data_dir, "test", size_of(test), num=5000)
-    if args.test:
-        source = open_source(args.dataset, args.data_dir, image_size=size)
-        if (source.classes, source.read(0, 1).shape[1:]) != (held_out.classes, held_out.images.shape[1:]):
-            raise InputError(f"--test {args.test} has other classes or another image size than {args.dataset}")
+    held_out = load_held_out(args, 5000)
     common = {"dataset": args.dataset, "data-dir": args.data_dir, "model": args.model, "method": args.method,
               "batch-size": str(args.batch_size), "sample-every": "0", "device": args.device}
-    common |= {"image-size": str(size)} if size else {}
+    common |= {"image-size": str(args.image_size)} if args.image_size else {}
 
     planned = [(ablation, name, seed) for seed in range(args.seeds) for ablation in chosen
                for name in ABLATIONS[ablation]]

@@ -1,9 +1,10 @@
 """Full rank, static and noise-adaptive low rank beside each other: the paper's main table at a budget one can afford.
 
-    python experiments/compare.py                               CIFAR-10, model tiny, 20 runs: an afternoon on two cores
+    python experiments/compare.py                               CIFAR-10 at 16x16, model tiny, 20 runs
     python experiments/compare.py --only full-s0,full-s1        these runs alone, say in one of two processes
     python experiments/compare.py --report                      the table of what is finished
-    python experiments/compare.py --model DiT-S/2 --steps 800000 --batch-size 128 --num 10000 --guidance 2 -- --compile
+    python experiments/compare.py --model DiT-S/2 --image-size 32 --steps 800000 --batch-size 128 \\
+        --num 10000 --guidance 2 --sampling-steps 100 -- --compile
 
 NA-LR section 3, Tables 1 and 3. All runs have the same data, steps, batch and model; they differ in how the linear
 layers are parameterised: full rank; static rank; iso-compute, which costs in sampling what static does; iso-param,
@@ -38,8 +39,8 @@ import fid
 import flops
 import plot
 import train
-from data import (DATASETS, Dataset, InputError, Parser, end_progress, load, open_source, pick_device, positive_int,
-                  run_script, show_progress, write_then_rename)
+from data import (Dataset, InputError, Parser, add_image_flags, end_progress, load_held_out, open_source, pick_device,
+                  positive_int, run_script, settle_image_flags, show_progress, write_then_rename)
 from model import METHODS, PRESETS, parameter_count
 from sample import draw_images, load_model, save_grid
 from schedule import T
@@ -299,13 +300,9 @@ def draw(rows: dict, groups: list[str], args) -> None:
 def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--dataset", default="cifar10", metavar="NAME|PATH", help="what to train on, as in train.py (default cifar10)")
-    add("--test", metavar="NAME|PATH", help="held-out images; needed with a PATH (default: the test split of a "
-        "named dataset)")
-    add("--data-dir", default="data", help="where named datasets and caches are kept (default data)")
-    add("--image-size", type=positive_int, metavar="N", help="crop and resize images; shapes: the size to draw")
+    add_image_flags(parser)
     add("--model", choices=PRESETS, metavar="NAME", default="tiny", help="tiny, or DiT-S/2 and the like (default tiny)")
-    add("--steps", type=positive_int, default=1500, help="training steps of every run (default 1500; the paper: "
+    add("--steps", type=positive_int, default=3000, help="training steps of every run (default 3000; the paper: "
         "800000)")
     add("--batch-size", type=positive_int, default=64, help="images a step (default 64; the paper: 128)")
     add("--seeds", type=positive_int, default=3, help="of the rows "
@@ -318,7 +315,7 @@ def main():
     add("--num", type=int, default=1000, help="samples for the Frechet distance; 0 leaves it and the accuracy out. It "
         "is biased upwards, the more the fewer samples: compare equal numbers (default 1000)")
     add("--guidance", type=float, default=1.5, help="of the samples (default 1.5; the paper: 2)")
-    add("--sampling-steps", type=positive_int, default=100, help="of DDIM (default 100)")
+    add("--sampling-steps", type=positive_int, default=50, help="of DDIM (default 50; the paper: 100)")
     add("--classifier", type=Path, metavar="FILE", help="of experiments/classifier.py; it and its .features.pt are "
         "trained once where they do not exist (default OUT/classifier.pt)")
     add("--out", type=Path, default=Path("runs/compare"), help="folder of everything (default runs/compare)")
@@ -332,10 +329,8 @@ def main():
         parser.error(f"--only {unknown[0]}: the runs are {', '.join(runs)}")
     if args.num < 0 or args.num == 1 or not math.isfinite(args.guidance) or args.sampling_steps > T:
         parser.error("--num takes 0, or at least 2; --guidance a finite number; --sampling-steps at most 1000")
-    if args.dataset not in DATASETS and not args.test:
-        parser.error("with a PATH as --dataset, --test says where the held-out images are")
-    args.test = args.test or args.dataset
     device = pick_device(args.device)
+    settle_image_flags(args)
     for run in runs.values():  # a mistyped flag costs a second, not the time it takes to train a classifier
         train.check_settings(train.choose_settings({key: value for key, value in vars(
             train.parse_arguments(training_flags(args, *run))[1]).items() if value is not None}))
@@ -343,10 +338,7 @@ def main():
     features = judge and classifier.features_file(judge)
 
     if not args.report:
-        source = open_source(args.dataset, args.data_dir, image_size=args.image_size)
-        test = load(args.test, args.data_dir, "test", args.image_size, 10_000)
-        if test.classes != source.classes or test.images.shape[1:] != source.read(0, 1).shape[1:]:
-            raise InputError(f"{args.test} has other classes or another image size than {args.dataset}")
+        test = load_held_out(args, 10_000)
         if judge and not (judge.exists() and features.exists()):
             print(f"training the classifier {judge}")
             flags = [] if args.image_size is None else ["--image-size", str(args.image_size)]

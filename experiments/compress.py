@@ -1,9 +1,9 @@
 """Train full rank, truncate, distil: is it better than training low rank from the start, and what does it cost?
 
-    python experiments/compress.py                               CIFAR-10, model tiny: 20 minutes on two cores
-    python experiments/compress.py --dataset data/cifar/train --test data/cifar/test --image-size 16 --steps 3000
+    python experiments/compress.py                               CIFAR-10 at 16x16, model tiny: 20 minutes
+    python experiments/compress.py --dataset data/cifar/train --test data/cifar/test --steps 4000
     python experiments/compress.py --teacher runs/001-cifar10-DiT-S-2-full --test cifar10
-    python experiments/compress.py --model DiT-S/2 --steps 800000 --batch-size 128 -- --compile
+    python experiments/compress.py --model DiT-S/2 --image-size 32 --steps 800000 --batch-size 128 -- --compile
 
 NA-LR appendix E.2, Tables 6 and 7. The post-hoc pipeline (ELR-diffusion) has three parts: a full-rank teacher is
 trained; the singular value decomposition of its layers is cut to the ranks of the static method; the low-rank student
@@ -33,14 +33,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 import flops
 import plot
 import train
-from data import (DATASETS, Dataset, InputError, Parser, batch_indices, end_progress, load, pick_device, positive_int,
-                  read_checkpoint, run_script, show_progress, to_unit, write_then_rename)
+from data import (Dataset, InputError, Parser, add_image_flags, batch_indices, end_progress, load, load_held_out,
+                  pick_device, positive_int, read_checkpoint, run_script, settle_image_flags, show_progress, to_unit,
+                  write_then_rename)
 from lowrank import factorise
 from model import PRESETS, TRAINING, Config, DiT, config_from_flags, linear_layers, parameter_count
 from sample import load_model
 from schedule import T, NoiseSchedule, add_noise
 
-DEFAULTS = {"dataset": "cifar10", "image_size": None, "model": "tiny", "steps": 800, "batch_size": 64}
+DEFAULTS = {"dataset": "cifar10", "image_size": None, "model": "tiny", "steps": 2000, "batch_size": 64}
 MODELS = ("full", "truncated", "student", "iso-compute", "iso-param")  # of the table
 
 # ----------------------------------------------------------------------------------------------------
@@ -191,14 +192,10 @@ def draw(path: Path, rows: dict, groups: list[str]) -> None:
 def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--dataset", metavar="NAME|PATH", help="what to train on, as in train.py (default cifar10)")
-    add("--test", metavar="NAME|PATH", help="held-out images; needed with a PATH (default: the test split of a "
-        "named dataset)")
-    add("--data-dir", default="data", help="where named datasets and caches are kept (default data)")
-    add("--image-size", type=positive_int, metavar="N", help="crop and resize images; shapes: the size to draw")
+    add_image_flags(parser)
     add("--model", choices=PRESETS, metavar="NAME", help="tiny, or DiT-S/2 and the like (default tiny)")
     add("--keep", type=float, default=0.5, help="share of the parameters that the student keeps (default 0.5)")
-    add("--steps", type=positive_int, help="training steps of the teacher (default 800; the paper: 800000)")
+    add("--steps", type=positive_int, help="training steps of the teacher (default 2000; the paper: 800000)")
     add("--tune-steps", type=positive_int, help="of distillation (default: a quarter of --steps, as in the paper)")
     add("--adaptive-steps", type=positive_int, help="training steps of iso-compute and iso-param (default: --steps)")
     add("--batch-size", type=positive_int, help="images a step, everywhere (default 64; the paper: 128)")
@@ -214,18 +211,18 @@ def main():
     add("--device", choices=train.DEVICES, default="auto")
     add("train_flags", nargs="*", metavar="-- FLAGS", help="after --: further flags of train.py for teacher and NA-LR "
         "runs")
+    parser.set_defaults(dataset=None)  # so that --teacher can say
     args = parser.parse_args()
     known = DEFAULTS
     if args.teacher:
         if args.seeds > 1:
             parser.error("--teacher is one run; leave --seeds out")
-        done = flops.read_run(args.teacher)[2]
-        known = DEFAULTS | json.loads((args.teacher / "config.json").read_bytes())["train"] | {"steps": done}
+        config, _, done, _ = flops.read_run(args.teacher)
+        known = DEFAULTS | json.loads((args.teacher / "config.json").read_bytes())["train"]
+        known |= {"steps": done, "image_size": config.image_size}
     for name in DEFAULTS:
         if getattr(args, name) is None:
             setattr(args, name, known[name])
-    if args.dataset not in DATASETS and not args.test:
-        parser.error("with a PATH as --dataset, --test says where the held-out images are")
     defaults = TRAINING["tiny" if args.model == "tiny" else "DiT"]
     tune_lr = 0.5 * defaults["lr"] if args.tune_lr is None else args.tune_lr
     if not 0 < tune_lr < 1 or not 0 < args.keep <= 1:
@@ -242,14 +239,13 @@ def main():
                 *(["--image-size", str(args.image_size)] if args.image_size else []), *args.train_flags]
 
     # everything that can be wrong is checked before anything is trained
+    settle_image_flags(args)
     given = train.parse_arguments(run_flags("full", 0))[1]
     settings = train.choose_settings({key: value for key, value in vars(given).items() if value is not None})
     train.check_settings(settings)
+    test = load_held_out(args, 10_000)
     datasets = [load(args.dataset, args.data_dir, "train", args.image_size, seed=seed)
                 for seed in range(args.seeds if args.dataset == "shapes" else 1)]
-    test = load(args.test or args.dataset, args.data_dir, "test", args.image_size, 10_000)
-    if test.classes != datasets[0].classes or test.images.shape[1:] != datasets[0].images.shape[1:]:
-        raise InputError(f"{args.test} has other classes or another image size than {args.dataset}")
     try:
         config = config_from_flags(given, args.model, image_size=test.images.shape[-1], num_classes=len(test.classes))
     except ValueError as error:

@@ -31,7 +31,8 @@ import flops
 import plot
 import train
 from classifier import load_classifier, predict
-from data import InputError, Parser, load, open_source, pick_device, positive_int, run_script
+from data import (InputError, Parser, add_image_flags, load_held_out, pick_device, positive_int, run_script,
+                  settle_image_flags)
 from model import METHODS, PRESETS, config_from_flags
 from sample import draw_images, load_model
 from schedule import T
@@ -120,7 +121,7 @@ def in_words(name: str, runs: list[dict], plain: list[dict]) -> str:
 def curve(lines: list[dict], points: int = 30) -> tuple[list[float], list[float]]:
     """Training loss over multiply-adds: means over `points` stretches of the log. Groups count as under uniform t,
     whatever the contestant drew; missing while a group is not drawn."""
-    share = np.diff(train.LOSS_GROUPS + [T + 1]) / T
+    share = np.diff(train.GROUP_EDGES) / T
     values = np.array([line["loss_by_group"] for line in lines], dtype=float)  # (lines, 5)
     parts = np.array_split(np.arange(len(lines)), min(points, len(lines)))
     means = [np.nansum(values[part], 0) / np.isfinite(values[part]).sum(0).clip(1e-9) for part in parts]
@@ -135,12 +136,7 @@ def main():
     add("--only", default=",".join(CONTESTANTS), metavar="NAME,NAME", help="which ones, beside plain (default: all)")
     add("--method", default="iso-compute", metavar="NAME,NAME", help=f"of {', '.join(METHODS)}; each has its own race "
         "and budget (default iso-compute)")
-    add("--dataset", default="cifar10", metavar="NAME|PATH", help="what to train on: shapes, cifar10, celeba, or a "
-        "folder, .zip or .npz (default cifar10)")
-    add("--test", metavar="NAME|PATH", help="held-out images (default: the test split of a named dataset)")
-    add("--data-dir", default="data", metavar="DIR", help="where named datasets and caches are kept (default data)")
-    add("--image-size", type=positive_int, metavar="N", help="draw or resize images to this size (default 16; a .npz "
-        "is taken as it is)")
+    add_image_flags(parser)
     add("--model", choices=PRESETS, default="tiny", metavar="NAME", help="tiny, DiT-S/2, ... (default tiny)")
     add("--steps", type=positive_int, default=1500, metavar="N", help="of the plain run (default 1500)")
     add("--batch-size", type=positive_int, default=64, metavar="N", help="images per step (default 64)")
@@ -161,24 +157,17 @@ def main():
     varied = {"--seed", *(word for flags in CONTESTANTS.values() for word in flags if word.startswith("--"))}
     if clash := [word for word in extra if word.split("=")[0] in varied]:
         raise InputError(f"{clash[0]} is set by this script; leave it out, or change CONTESTANTS in it")
-    if not args.test and args.dataset not in ("shapes", "cifar10", "celeba"):
-        raise InputError(f"{args.dataset} has no test split of its own; add --test with images to hold out")
+    settle_image_flags(args)
     device = pick_device(args.device)
     judge, known = load_classifier(args.classifier, device) if args.classifier else (None, None)
-    size_of = lambda name: args.image_size or (None if name.endswith(".npz") else 16)
-    size, test = size_of(args.dataset), args.test or args.dataset
-    held_out = load(test, args.data_dir, "test", size_of(test), num=5000)
+    held_out = load_held_out(args, 5000)
     width = held_out.images.shape[-1]
-    if args.test:
-        source = open_source(args.dataset, args.data_dir, image_size=size)
-        if (source.classes, source.read(0, 1).shape[1:]) != (held_out.classes, held_out.images.shape[1:]):
-            raise InputError(f"--test {args.test} has other classes or another image size than {args.dataset}")
     if known and (known["classes"], known["config"]["image_size"]) != (held_out.classes, width):
         raise InputError(f"{args.classifier} knows other classes or another image size than {held_out.name} at "
                          f"{width}x{width}")
     common = ["--dataset", args.dataset, "--data-dir", args.data_dir, "--model", args.model, "--batch-size",
               str(args.batch_size), "--sample-every", "0", "--device", args.device]
-    common += ["--image-size", str(size)] if size else []
+    common += ["--image-size", str(args.image_size)] if args.image_size else []
 
     # the plan: flags and steps of every contestant
     plan = {}  # method -> contestant -> (flags, steps, expected multiply-adds)

@@ -32,12 +32,13 @@ from scipy.stats import spearmanr
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's top level
 import plot
 import train
-from data import DATASETS, Dataset, InputError, Parser, load, pick_device, positive_int, run_script, to_unit
+from data import (Dataset, InputError, Parser, add_image_flags, load, load_held_out, pick_device, positive_int,
+                  run_script, settle_image_flags)
 from model import DiT, parameter_count
-from sample import ImageNoise, load_model
-from schedule import NoiseSchedule, T, add_noise
+from sample import load_model
+from schedule import T
 
-GROUPS = [(first, end - 1) for first, end in zip(train.LOSS_GROUPS, train.LOSS_GROUPS[1:] + [T + 1])]
+GROUPS = [(first, end - 1) for first, end in zip(train.GROUP_EDGES, train.GROUP_EDGES[1:])]
 NAMES = [f"t {name}" for name in train.GROUP_NAMES]
 BIN = 20  # timesteps in a point of the loss curve
 BATCHES = 10  # in which the gradients of (a) are accumulated (B.2)
@@ -96,7 +97,7 @@ def group_gradients(model: DiT, dataset: Dataset, group: tuple[int, int], n: int
     spread evenly over the group. Each of the batches is computed in float32, which leaves effective ranks within 1e-5
     of those from float64; sums over batches and all singular values are float64.
     """
-    matrices, device, noise_schedule = list(weight_matrices(model).values()), model.position.device, NoiseSchedule()
+    matrices = list(weight_matrices(model).values())
     model.requires_grad_(False)
     for p in matrices:
         p.requires_grad_(True)
@@ -106,12 +107,8 @@ def group_gradients(model: DiT, dataset: Dataset, group: tuple[int, int], n: int
     total = [torch.zeros(p.shape, dtype=torch.float64) for p in matrices]
     for b in range(batches):
         samples = range(b, n, batches)  # every batch covers the whole group
-        t, index = all_t[samples], order[torch.tensor(samples) % len(order)]
-        x_0 = to_unit(dataset.images[index]).to(device)  # (B, 3, H, W)
-        y = dataset.labels[index] if dataset.classes else torch.full_like(index, model.config.num_classes)
-        eps = ImageNoise(seed, samples, x_0.shape[1:], device)()
-        x_t = add_noise(x_0, eps, *(a.to(device) for a in noise_schedule.coefficients(t)))
-        loss = (model(x_t, t.to(device), y.to(device)) - eps).square().mean((1, 2, 3)).sum() / n
+        images = order[torch.tensor(samples) % len(order)]
+        loss = train.noised_losses(model, dataset, images, all_t[samples], samples, seed).sum() / n
         for sum_, g in zip(total, torch.autograd.grad(loss, matrices)):
             sum_ += g.cpu()
     return total
@@ -283,13 +280,7 @@ def train_run(folder: Path, steps: int, args, *flags: str) -> None:
 def parse_arguments():
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--dataset", default="cifar10", metavar="NAME|PATH", help=f"{', '.join(DATASETS)}, or a folder, .zip or .npz "
-        "(default cifar10, downloaded once)")
-    add("--test", metavar="NAME|PATH", help="held-out images for the loss along t; needed with a PATH (default: the "
-        "test split of --dataset)")
-    add("--data-dir", default="data", metavar="DIR", help="where datasets and caches are kept (default data)")
-    add("--image-size", type=positive_int, metavar="N", help="draw or resize images to this size; a .npz is taken as "
-        "it is (default 16)")
+    add_image_flags(parser)
     add("--out", type=Path, default=Path("runs/rank_analysis"), metavar="DIR", help="folder of the seven runs, "
         "results.json and figure.png (default runs/rank_analysis)")
     add("--model", default="tiny", metavar="NAME", help="as in train.py (default tiny; the paper: DiT-S/2)")
@@ -310,20 +301,15 @@ def parse_arguments():
     for flag, steps in (("--steps", args.steps), ("--group-steps", args.group_steps)):
         if steps % args.checkpoints or steps < 10 * args.checkpoints:
             parser.error(f"{flag} {steps} must be a multiple of --checkpoints {args.checkpoints}, ten times it or more")
-    if not args.test and args.dataset not in DATASETS:
-        parser.error(f"--dataset {args.dataset} needs --test with images that no model is trained on")
-    if not args.dataset.lower().endswith(".npz"):
-        args.image_size = args.image_size or 16
+    settle_image_flags(args)
     return args
 
 
 def main():
     args = parse_arguments()
     device = pick_device(args.device)
+    test = load_held_out(args, 2000)
     training = load(args.dataset, args.data_dir, "train", args.image_size, seed=args.seed)
-    test = load(args.test or args.dataset, args.data_dir, "test", args.image_size, 2000, args.seed)
-    if test.classes != training.classes or test.images.shape[1:] != training.images.shape[1:]:
-        raise InputError(f"{test.name} has other classes or another image size than {training.name}")
 
     # the seven models
     train_run(args.out / "full", args.steps, args, "--method", "full", "--keep-models")
