@@ -273,12 +273,13 @@ def draw(rows: dict, groups: list[str], args) -> None:
     charts = [plot.line_chart(curves("loss"), f"held-out loss after {args.steps:,} steps", x_label,
                               "loss, +- sd over seeds")]
     if "full" in rows:
-        relative = {name: (list(range(1, 6)), [a / b for a, b in zip(row["by_group"], rows["full"]["by_group"])])
-                    for name, row in rows.items() if name != "full"}
-        if relative:
-            x = ", ".join(f"{i}: t {name}" for i, name in enumerate(groups, 1))
-            charts.append(plot.line_chart(relative, "held-out loss per noise group", x, "loss / loss of full rank",
-                                          log_y=True))
+        full = [rows["full"]["loss"], *rows["full"]["by_group"]]
+        others = [name for name in rows if name != "full"]
+        if others:
+            values = [[100 * (a / b - 1) for a, b in zip([rows[name]["loss"], *rows[name]["by_group"]], full)]
+                      for name in others]
+            charts.append(plot.heat_map(values, others, ["all t", *groups], "held-out loss against full rank, %", "%",
+                                        "timesteps t", spec="+.1f"))
     if curves("frechet"):
         charts.append(plot.line_chart(curves("frechet"), f"{args.num:,} samples, guidance {args.guidance:g}", x_label,
                                       "Frechet distance (classifier), +- sd"))
