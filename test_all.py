@@ -3133,7 +3133,7 @@ def test_words_of_the_comparison(capsys):
         losses = {"full": [full - 0.01, full + 0.01], "static-0.25": [1.99, 2.01]}
         losses |= {name: [loss] for keep in ("0.75", "0.5") for name, loss in
                    ((f"static-{keep}", 1.8), (f"iso-compute-{keep}", adaptive), (f"iso-param-{keep}", 1.8))}
-        return {name: dict(runs=[dict(loss=x, frechet=None) for x in xs], sampling=100, parameters=10) for name, xs in losses.items()}
+        return {name: dict(runs=[dict(loss=x, frechet=None, recognised=None) for x in xs], sampling=100, parameters=10) for name, xs in losses.items()}
 
     for full, adaptive, compute, param in ((1.0, 1.5, "appears here", "appears here"), (2.0, 1.5, "cannot be judged", "cannot be judged"),
                                            (1.0, 1.8, "is not shown", "appears here"), (1.0, 2.1, "is not shown", "appears here")):
@@ -3143,6 +3143,15 @@ def test_words_of_the_comparison(capsys):
         assert len(found) == 5 and found[0]["difference"] == pytest.approx(full - 2)
         # four values of standard deviation 0.01414 in two rows: t(0.975, 2) = 4.3027
         assert found[1]["half_width"] == pytest.approx(4.302653 * 0.02**0.5 * 0.1 * 2**0.5, rel=1e-5)
+
+
+def test_more_recognised_is_better_and_more_loss_is_not():
+    measures = lambda x: dict(loss=x, frechet=x, recognised=x)
+    rows = {name: dict(runs=[measures(x - 0.01), measures(x + 0.01)]) for name, x in (("a", 0.9), ("b", 0.3))}
+    verdicts = {c["measure"]: c["verdict"] for c in compare.compare_rows(rows, "a", "b")}
+    assert verdicts == {"loss": "worse", "Frechet distance": "worse", "share recognised": "better"}
+    none = dict(runs=[measures(0.0)] * 2)
+    assert math.isnan(compare.compare_rows({"a": rows["a"], "none": none}, "a", "none")[0]["relative"])
 
 
 def test_seconds_of_a_run(tmp_path):

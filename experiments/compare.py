@@ -168,14 +168,17 @@ def verdict(difference: float, half: float | None) -> str:
 
 
 def compare_rows(rows: dict, this: str, that: str) -> list[dict]:
-    """`this` row against `that` one, by loss and by Frechet distance; [] unless both have been measured."""
+    """`this` row against `that` one, by all three measures; [] unless both have been measured."""
     found = []
-    for measure, label in (("loss", "loss"), ("frechet", "Frechet distance")):
+    for measure, label, less_is_better in (("loss", "loss", True), ("frechet", "Frechet distance", True),
+                                           ("recognised", "share recognised", False)):
         values = {name: [run[measure] for run in row["runs"] if run[measure] is not None] for name, row in rows.items()}
         if values.get(this) and values.get(that):
             difference, half = interval(values[this], values[that], list(values.values()))
-            found.append({"this": this, "that": that, "measure": label, "relative": difference / np.mean(values[that]),
-                          "difference": difference, "half_width": half, "verdict": verdict(difference, half)})
+            judged = verdict(difference if less_is_better else -difference, half)
+            relative = difference / np.mean(values[that]) if any(values[that]) else math.nan
+            found.append({"this": this, "that": that, "measure": label, "relative": relative, "difference": difference,
+                          "half_width": half, "verdict": judged})
     return found
 
 
@@ -235,7 +238,9 @@ def collect(runs: dict, measured: dict) -> dict:
             continue
         row = {"method": method, "keep": keep, "n": len(mine), "parameters": mine[0]["parameters"],
                "sampling": mine[0]["sampling"], "runs": mine,
-               "by_group": np.mean([m["by_group"] for m in mine], 0).tolist()}
+               "by_group": np.mean([m["by_group"] for m in mine], 0).tolist(), "by_group_sd": None}
+        if len(mine) > 1:
+            row["by_group_sd"] = np.std([m["by_group"] for m in mine], 0, ddof=1).tolist()
         for key in MEASURES:
             values = [m[key] for m in mine if m[key] is not None]
             row[key] = float(np.mean(values)) if values else None
@@ -250,15 +255,19 @@ def print_tables(rows: dict, groups: list[str]) -> None:
         line = {"method": row["method"], "keep": row["keep"], "n": row["n"], "params, M": row["parameters"] / 1e6,
                 "sampling": flops.amount(row["sampling"]), "training": flops.amount(round(row["training"])),
                 "minutes": row["seconds"] / 60, "loss": row["loss"], "sd ": row["loss_sd"],
-                "Frechet": row["frechet"], "sd": row["frechet_sd"], "recognised": row["recognised"]}
+                "Frechet": row["frechet"], "sd": row["frechet_sd"], "recognised": row["recognised"],
+                " sd": row["recognised_sd"]}
         table.append(line)
-        by_group.append({"method": row["method"], "keep": row["keep"]} | dict(zip(groups, row["by_group"])))
+        spread = row["by_group_sd"] or [None] * len(groups)
+        by_group.append({"method": row["method"], "keep": row["keep"]} | {
+            group: f"{mean:.4g}" + ("" if sd is None else f" ± {sd:.1g}")
+            for group, mean, sd in zip(groups, row["by_group"], spread)})
     print()
     plot.print_table(table, {"method": "", "keep": "g", "n": "d", "params, M": ".2f", "sampling": "", "training": "",
                              "minutes": ".1f", "loss": ".5f", "sd ": ".5f", "Frechet": ".2f", "sd": ".2f",
-                             "recognised": ".1%"})
-    print("\nHeld-out loss per noise group")
-    plot.print_table(by_group, {"method": "", "keep": "g"} | dict.fromkeys(groups, ".5f"))
+                             "recognised": ".1%", " sd": ".1%"})
+    print("\nHeld-out loss per noise group (timesteps t), ± standard deviation over seeds")
+    plot.print_table(by_group, {"method": "", "keep": "g"} | dict.fromkeys(groups, ""))
 
 
 def draw(rows: dict, groups: list[str], args) -> None:
