@@ -98,6 +98,8 @@ def products(config: Config, k: dict[int, int] | None = None, convention: Conven
         r = layer.rank if k is None or layer.rank is None else k_layer[layer.rank]
         dense = r is None or (merge and r * (layer.n + layer.m) > layer.n * layer.m)
         sizes = (layer.n * layer.m,) if dense else (layer.n * r, r * layer.m)  # V^T x, then U h
+        if k_vectors and layer.rows > 1 and not dense:
+            parts.append((layer.rows * runs * layer.m, 2))  # sorted execution: the bias is a channel; 1 has no gradient
         for i, size in enumerate(sizes):
             in_training = from_data if layer.no_input_grad and i == 0 else 3
             parts.append((layer.rows * runs * size, in_training * (pixels or layer.name != "final_out")))

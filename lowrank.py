@@ -174,7 +174,7 @@ class Sorted(NamedTuple):
     chunks: torch.Tensor
 
 
-def cut(cost: list[int], slack: float = 0.038, places: int = 64) -> list[int]:
+def cut(cost: list[int], slack: float = 0.035, places: int = 64) -> list[int]:
     """Where to cut a sorted batch: the first samples of as few chunks as possible, whose total cost is
     at most (1 + slack) times what the samples themselves need, or else as low as `places` allow.
 
@@ -220,40 +220,43 @@ def _block(buffer: torch.Tensor, k: int, vectors: int, start: int = 0) -> torch.
 def _sorted_forward(x: torch.Tensor, U: torch.Tensor, V: torch.Tensor, bias: Optional[torch.Tensor],
                     mask: torch.Tensor, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x (B, rows, n) -> y (B, rows, m) and, for the backward pass, the masked V^T x of all chunks, packed
-    into one flat buffer."""
+    into one flat buffer.
+
+    The bias is one more channel, in front, that is always 1: the product with U adds it on the way (and the
+    backward pass has its gradient), where `addmm` would first write it to all of y."""
     B, rows, n = x.shape
-    y = x.new_empty(B * rows, U.shape[1])
-    packed, used = x.new_empty(B * rows * mask.shape[1]), 0
+    y, one = x.new_empty(B * rows, U.shape[1]), int(bias is not None)
+    U_1 = U if bias is None else torch.cat([bias[None], U])  # (one + r, m)
+    packed, used = x.new_empty(B * rows * (one + mask.shape[1])), 0
     for k, least, mask_c, x_c, y_c in _chunks(chunks, rows, mask, x.reshape(B * rows, n), y):
-        h = _block(packed, k, len(x_c), used)  # (k, vectors)
-        used += k * len(x_c)
+        h_1 = _block(packed, one + k, len(x_c), used)  # (one + k, vectors)
+        h, used = h_1[one:], used + h_1.numel()
+        h_1[:one] = 1
         torch.mm(V[:k], x_c.t(), out=h)
         if least < k:
             h[least:].unflatten(1, (-1, rows)).mul_(mask_c)
-        if bias is None:
-            torch.mm(h.t(), U[:k], out=y_c)
-        else:
-            torch.addmm(bias, h.t(), U[:k], out=y_c)
+        torch.mm(h_1.t(), U_1[:one + k], out=y_c)
     return y.view(B, rows, -1), packed
 
 
 @torch.library.custom_op("nalr::sorted_backward", mutates_args=())
 def _sorted_backward(grad: torch.Tensor, x: torch.Tensor, packed: torch.Tensor, U: torch.Tensor, V: torch.Tensor,
-                     mask: torch.Tensor, chunks: torch.Tensor, input_grad: bool) -> tuple[
+                     mask: torch.Tensor, chunks: torch.Tensor, input_grad: bool, bias: bool) -> tuple[
                          torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x (empty unless input_grad), U and V. The first chunk has the most channels: it
-    writes its rows of the two factors' gradients, the others add to theirs, and only rows that no chunk
-    computes are filled with zeros."""
+    """Gradients of x (empty unless input_grad), of U below that of the bias, if there is one, and of V. The first
+    chunk has the most channels: it writes its rows of the two factors' gradients, the others add to theirs, and only
+    rows that no chunk computes are filled with zeros."""
     B, rows, n = x.shape
+    one = int(bias)
     x, grad = x.reshape(B * rows, n), grad.reshape(B * rows, -1)
     dx = torch.empty_like(x) if input_grad else x.new_empty(B * rows, 0)
-    dU, dV = torch.empty_like(U), torch.empty_like(V)
+    dU_1, dV = U.new_empty(one + U.shape[0], U.shape[1]), torch.empty_like(V)
     scratch, used = None, 0
     for k, least, mask_c, x_c, grad_c, dx_c in _chunks(chunks, rows, mask, x, grad, dx):
-        h = _block(packed, k, len(x_c), used)  # (k, vectors)
-        is_first, used = used == 0, used + k * len(x_c)
-        if scratch is None or len(scratch) < h.numel():
-            scratch = x.new_empty(h.numel())  # one for all chunks: small, so it stays in the cache
+        h_1 = _block(packed, one + k, len(x_c), used)  # (one + k, vectors)
+        is_first, used = used == 0, used + h_1.numel()
+        if scratch is None or len(scratch) < h_1.numel():
+            scratch = x.new_empty(h_1.numel())  # one for all chunks: small, so it stays in the cache
         dh = _block(scratch, k, len(x_c))
         torch.mm(U[:k], grad_c.t(), out=dh)
         if least < k:
@@ -261,36 +264,38 @@ def _sorted_backward(grad: torch.Tensor, x: torch.Tensor, packed: torch.Tensor, 
         if input_grad:
             torch.mm(dh.t(), V[:k], out=dx_c)
         if is_first:
-            torch.mm(h, grad_c, out=dU[:k])
+            torch.mm(h_1, grad_c, out=dU_1[:one + k])
             torch.mm(dh, x_c, out=dV[:k])
-            dU[k:], dV[k:] = 0, 0
+            dU_1[one + k:], dV[k:] = 0, 0
         else:
-            dU[:k].addmm_(h, grad_c)
+            dU_1[:one + k].addmm_(h_1, grad_c)
             dV[:k].addmm_(dh, x_c)
-    return dx.view(B, rows, -1) if input_grad else x.new_empty(0), dU, dV
+    return dx.view(B, rows, -1) if input_grad else x.new_empty(0), dU_1, dV
 
 
 @_sorted_forward.register_fake
 def _(x, U, V, bias, mask, chunks):
     B, rows, _ = x.shape
-    return x.new_empty(B, rows, U.shape[1]), x.new_empty(B * rows * mask.shape[1])
+    return x.new_empty(B, rows, U.shape[1]), x.new_empty(B * rows * (mask.shape[1] + (bias is not None)))
 
 
 @_sorted_backward.register_fake
-def _(grad, x, packed, U, V, mask, chunks, input_grad):
-    return x.new_empty(x.shape if input_grad else 0), torch.empty_like(U), torch.empty_like(V)
+def _(grad, x, packed, U, V, mask, chunks, input_grad, bias):
+    return x.new_empty(x.shape if input_grad else 0), U.new_empty(bias + U.shape[0], U.shape[1]), torch.empty_like(V)
 
 
 def _save(ctx, inputs, output):
-    x, U, V, _, mask, chunks = inputs
+    x, U, V, bias, mask, chunks = inputs
+    ctx.bias = bias is not None
     ctx.set_materialize_grads(False)  # or autograd would fill a gradient of zeros for the packed blocks
     ctx.save_for_backward(x, output[1], U, V, mask, chunks)
 
 
 def _backward(ctx, grad, _):
-    wants_x, _, _, wants_bias, _, _ = ctx.needs_input_grad
-    dx, dU, dV = _sorted_backward(grad, *ctx.saved_tensors, wants_x)
-    return dx if wants_x else None, dU, dV, grad.sum((0, 1)) if wants_bias else None, None, None
+    wants_x = ctx.needs_input_grad[0]
+    dx, dU_1, dV = _sorted_backward(grad, *ctx.saved_tensors, wants_x, ctx.bias)
+    dbias, dU = (dU_1[0], dU_1[1:]) if ctx.bias else (None, dU_1)
+    return dx if wants_x else None, dU, dV, dbias, None, None
 
 
 _sorted_forward.register_autograd(_backward, setup_context=_save)

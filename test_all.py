@@ -2040,8 +2040,13 @@ def test_sorted_equals_masked_in_outputs_and_every_gradient(changes, dtype, tole
             (out**3).mean().backward()
             results.append([out.detach(), x_in.grad] + [p.grad for p in net.parameters()])
         assert len(model.chunk_batch(net.config, t.tolist())) > 1
-        for a, b in zip(*results):
-            assert relative(b, a) < tolerance
+        masked, ours = (dict(zip(["output", "input", *dict(net.named_parameters())], found)) for found in results)
+        for name in masked:
+            if name.endswith(".k.bias"):  # adds the same to all scores of a query: its gradient is zero but for rounding
+                scale = masked[name.replace(".k.", ".v.")].abs().max()
+                assert max(masked[name].abs().max(), ours[name].abs().max()) < tolerance * scale, name
+            else:
+                assert relative(ours[name], masked[name]) < tolerance, name
 
 
 @pytest.mark.parametrize("n, m, r", sorted({(l.n, l.m, l.rank) for l in model.linear_layers(
@@ -2148,13 +2153,15 @@ def test_multiply_adds_of_a_sorted_step():
         class Plain(torch.autograd.Function):
             @staticmethod
             def forward(ctx, x, U, V, bias, mask, chunks):
+                assert bias is not None
                 y, packed = real[0]._init_fn(x, U, V, bias, mask, chunks)
                 ctx.save_for_backward(x, packed, U, V, mask, chunks)
                 return y, packed
 
             @staticmethod
             def backward(ctx, grad, _):
-                return *real[1]._init_fn(grad, *ctx.saved_tensors, True), grad.sum((0, 1)), None, None
+                dx, dU_1, dV = real[1]._init_fn(grad, *ctx.saved_tensors, True, True)
+                return dx, dU_1[1:], dV, dU_1[0], None, None
 
         with pytest.MonkeyPatch.context() as patch, counter() as count, sdpa_kernel(SDPBackend.MATH):
             patch.setattr(lowrank, "_sorted_forward", Plain.apply)

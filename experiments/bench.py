@@ -34,7 +34,7 @@ from curriculum import Curriculum
 from data import (InputError, Parser, end_progress, keep_large_blocks, pick_device, positive_int, run_script,
                   show_progress)
 from lowrank import orthogonality_penalty
-from model import PRESETS, Config, DiT, chunk_batch, rank_cost
+from model import PRESETS, Config, DiT, chunk_batch, linear_layers, rank_cost
 from sample import guided
 from schedule import T, sampling_timesteps
 
@@ -128,6 +128,9 @@ def bench_training(configs: dict[str, Config], batch: int, device, dtype, compil
     times, macs, excess = {name: [] for name in variants}, {name: [] for name in variants}, []
     curriculum, rng = Curriculum([1], T, 1), torch.Generator().manual_seed(0)
     cost = rank_cost(configs["iso-compute"])
+    # the channel of the bias is in two of the six products of a layer; here a forward pass is two of them
+    of_bias = batch * sum(layer.rows * layer.m * 2 / 3 for layer in linear_layers(configs["iso-compute"])
+                          if layer.rank is not None and layer.rows > 1)
     for turn in range(-2, repetitions):  # the first two warm up
         t = curriculum.sample(batch, rng)
         order = list(variants)
@@ -143,7 +146,7 @@ def bench_training(configs: dict[str, Config], batch: int, device, dtype, compil
             chunks = chunk_batch(configs["iso-compute"], t.tolist())
             ends = [first for first, *_ in chunks[1:]] + [batch]
             computed = sum((end - first) * cost[t_first] for (first, t_first, _), end in zip(chunks, ends))
-            excess.append(computed / sum(cost[i] for i in t.tolist()))
+            excess.append((computed + of_bias) / sum(cost[i] for i in t.tolist()))
         show_progress(f"training, batch {batch}: turn {max(0, turn + 1)} of {repetitions}")
     end_progress()
     against = lambda a, b: statistics.median(x / y for x, y in zip(times[a], times[b]))
