@@ -322,7 +322,8 @@ class DiT(nn.Module):
 
     def denoise(self, x, conditions: list[torch.Tensor], active=None):
         """The rest of the forward pass: x (B, C, H, W) -> eps_hat (B, C, H, W)."""
-        h = self.patchify(x).flatten(2).transpose(1, 2) + self.position  # (B, N, D)
+        # contiguous: or the residual stream of all blocks would keep the convolution's order (D before N)
+        h = self.patchify(x).flatten(2).transpose(1, 2).contiguous() + self.position  # (B, N, D)
         for block, condition in zip(self.blocks, conditions):
             h = block(h, condition, active)  # (B, N, D)
         shift, scale = conditions[-1].chunk(2, dim=2)  # (B, 1, D)

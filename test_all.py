@@ -2112,6 +2112,15 @@ def test_sorted_passes_the_checks_of_custom_operators():
                           test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
 
+def test_tokens_lie_in_memory_one_after_the_other():
+    """The convolution gives (D, N); what is added to a tensor in that order stays in it, through all blocks."""
+    net, contiguous = awake(Config(**SMALL), dtype=torch.float32), []
+    for block in net.blocks:
+        block.register_forward_pre_hook(lambda module, args: contiguous.append(args[0].is_contiguous()))
+    net(*inputs(net.config, 3, dtype=torch.float32))
+    assert contiguous == [True] * len(net.blocks)
+
+
 def test_cut_finds_the_fewest_chunks():
     """Brute force over every way to cut small batches: no fewer chunks stay within the slack, and no other
     cut into as many is cheaper."""
