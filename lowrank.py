@@ -16,7 +16,7 @@ stored on a module, so passes with different ranks can share one model.
 """
 
 from collections import defaultdict
-from typing import NamedTuple, Optional
+from typing import List, NamedTuple  # List: operators of torch 2.6 do not know list
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ class Linear(nn.Linear):
 def channels_first(k: int) -> bool:
     """Whether to lay out V^T x as (k, vectors) instead of (vectors, k). Some k fit a CPU's vector units badly, the many
     vectors do not: MKL is up to 1.8 times as fast that way. With few channels it is half as fast. GPUs do not mind."""
-    return k > 52
+    return k > 56
 
 
 class LowRankLinear(nn.Module):
@@ -63,11 +63,9 @@ class LowRankLinear(nn.Module):
             return F.linear(x, active["merged"][self], self.bias)
         else:
             channels = active[self.rank]
+        if in_chunks(x, channels):
+            return sorted_low_rank([self], x, channels)[0]
         if isinstance(channels, Sorted):
-            if x.dim() > 2 and x.shape[1] > 1:
-                return sorted_low_rank(x, self.U, self.V, self.bias, channels)
-            # One vector a sample: what takes time is reading the weights, and every chunk would read them
-            # again; such layers are a hundredth of the multiply-adds.
             channels = channels.mask
         masked = isinstance(channels, torch.Tensor)
         k = channels.shape[1] if masked else channels
@@ -75,8 +73,9 @@ class LowRankLinear(nn.Module):
         flat = x.reshape(-1, x.shape[-1])  # (vectors, n)
         h = torch.mm(V, flat.t()) if channels_first(k) else torch.mm(flat, V.t()).t()  # (k, vectors)
         if masked:
-            # in place: nothing else needs h, and a second one would have to go through memory
-            h.unflatten(1, (len(x), -1)).mul_(channels.t()[:, :, None])  # (k, B, vectors of a sample)
+            # not in place: autograd would copy the gradient twice for a change of a view
+            mask = channels.t()[:, :, None].to(h.dtype)  # (k, B, 1)
+            h = (h.view(k, len(x), -1) * mask).view(k, -1)  # (k, B, vectors of a sample)
         y = torch.mm(h.t(), U) if self.bias is None else torch.addmm(self.bias, h.t(), U)  # (vectors, m)
         return y.view(*x.shape[:-1], -1)
 
@@ -91,6 +90,21 @@ class LowRankLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.V.shape[1]} -> {self.U.shape[1]}, rank {self.rank}"
+
+
+def in_chunks(x, channels) -> bool:
+    """Whether sorted execution cuts the batch x. Not where a sample is one vector: what takes time there is reading the
+    weights, and every chunk would read them again; such layers are a hundredth of the multiply-adds."""
+    return isinstance(channels, Sorted) and x.dim() > 2 and x.shape[1] > 1
+
+
+def side_by_side(layers: list[nn.Module], x, active=None) -> list[torch.Tensor]:
+    """What each of the layers makes of the same tokens x (B, rows, n), as `layer(x, active)` would; in sorted execution
+    with fewer products. The layers are all dense, or all low-rank of the same rank."""
+    channels = active and active.get(getattr(layers[0], "rank", None))
+    if in_chunks(x, channels):
+        return sorted_low_rank(layers, x, channels)
+    return [layer(x, active) for layer in layers]
 
 
 def low_rank_layers(model: nn.Module) -> list[LowRankLinear]:
@@ -199,114 +213,129 @@ def cut(cost: list[int], slack: float = 0.035, places: int = 64) -> list[int]:
 
 
 def _chunks(chunks: torch.Tensor, rows: int, mask: torch.Tensor, *tensors: torch.Tensor):
-    """For each chunk: its channels k, how many of them its last sample needs, the mask (k - least, samples, 1) of the
-    others, and the chunk's part of each of the `tensors` (B * rows, ...)."""
+    """For each chunk: its channels k, how many of them its last sample needs, the mask (k - least, 1, samples, 1) of
+    the others, and the chunk's part of each of the `tensors` (B * rows, ...)."""
     firsts, ks, least = chunks.t().tolist()
     ends = firsts[1:] + [len(mask)]
-    masks = [mask.t()[l:k, first:end, None] for first, end, l, k in zip(firsts, ends, least, ks)]
+    masks = [mask.t()[l:k, None, first:end, None] for first, end, l, k in zip(firsts, ends, least, ks)]
     return zip(ks, least, masks, *(tensor.split([(b - a) * rows for a, b in zip(firsts, ends)]) for tensor in tensors))
 
 
-def _block(buffer: torch.Tensor, k: int, vectors: int, start: int = 0) -> torch.Tensor:
-    """Numbers `start` to start + k * vectors of a flat buffer, as (k, vectors)."""
-    strides = (vectors, 1) if channels_first(k) else (1, k)
-    return buffer.as_strided((k, vectors), strides, start)
+def _block(buffer: torch.Tensor, k: int, layers: int, vectors: int, start: int = 0) -> torch.Tensor:
+    """Numbers of a flat buffer from `start` on, as the k channels of so many layers: (k * layers, vectors)."""
+    k *= layers
+    return buffer.as_strided((k, vectors), (vectors, 1) if channels_first(k) else (1, k), start)
 
 
-# Every product is written where it belongs: no padding to r_max, nothing concatenated.
+# Every product is written where it belongs: no padding to r_max, nothing concatenated. Layers that share their input
+# (Q, K and V) run together: one product for all their V, which is wider, so faster, and reads x once. For that, V holds
+# channel j of all of them side by side, and the first k channels of all are still one block of memory.
 
 
 @torch.library.custom_op("nalr::sorted_forward", mutates_args=())
-def _sorted_forward(x: torch.Tensor, U: torch.Tensor, V: torch.Tensor, bias: Optional[torch.Tensor],
-                    mask: torch.Tensor, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (B, rows, n) -> y (B, rows, m) and, for the backward pass, the masked V^T x of all chunks, packed
-    into one flat buffer.
+def _sorted_forward(x: torch.Tensor, V: torch.Tensor, Us: List[torch.Tensor], biases: List[torch.Tensor],
+                    mask: torch.Tensor, chunks: torch.Tensor) -> List[torch.Tensor]:
+    """For L layers: x (B, rows, n), V (r, L, n), each U (r, m) and each bias (m,), or no biases -> each y (B, rows, m)
+    and, for the backward pass, the masked V^T x of all chunks, packed into one flat buffer.
 
     The bias is one more channel, in front, that is always 1: the product with U adds it on the way (and the
     backward pass has its gradient), where `addmm` would first write it to all of y."""
-    B, rows, n = x.shape
-    y, one = x.new_empty(B * rows, U.shape[1]), int(bias is not None)
-    U_1 = U if bias is None else torch.cat([bias[None], U])  # (one + r, m)
-    packed, used = x.new_empty(B * rows * (one + mask.shape[1])), 0
-    for k, least, mask_c, x_c, y_c in _chunks(chunks, rows, mask, x.reshape(B * rows, n), y):
-        h_1 = _block(packed, one + k, len(x_c), used)  # (one + k, vectors)
-        h, used = h_1[one:], used + h_1.numel()
+    (B, rows, n), L, one = x.shape, len(Us), int(len(biases) > 0)
+    U_1s = [torch.cat([bias[None], U]) for bias, U in zip(biases, Us)] or Us  # (one + r, m)
+    ys = [x.new_empty(B * rows, U.shape[1]) for U in Us]
+    packed, used = x.new_empty(B * rows * (one + mask.shape[1]) * L), 0
+    for k, least, mask_c, x_c, *y_c in _chunks(chunks, rows, mask, x.reshape(B * rows, n), *ys):
+        flat = _block(packed, one + k, L, len(x_c), used)
+        h_1, used = flat.view(-1, L, len(x_c)), used + flat.numel()  # (one + k, L, vectors)
         h_1[:one] = 1
-        torch.mm(V[:k], x_c.t(), out=h)
+        torch.mm(V[:k].flatten(0, 1), x_c.t(), out=flat[one * L:])
         if least < k:
-            h[least:].unflatten(1, (-1, rows)).mul_(mask_c)
-        torch.mm(h_1.t(), U_1[:one + k], out=y_c)
-    return y.view(B, rows, -1), packed
+            h_1[one + least:].view(k - least, L, -1, rows).mul_(mask_c)
+        for i, U_1 in enumerate(U_1s):
+            torch.mm(h_1[:, i].t(), U_1[:one + k], out=y_c[i])
+    return [y.view(B, rows, -1) for y in ys] + [packed]
 
 
 @torch.library.custom_op("nalr::sorted_backward", mutates_args=())
-def _sorted_backward(grad: torch.Tensor, x: torch.Tensor, packed: torch.Tensor, U: torch.Tensor, V: torch.Tensor,
-                     mask: torch.Tensor, chunks: torch.Tensor, input_grad: bool, bias: bool) -> tuple[
-                         torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x (empty unless input_grad), of U below that of the bias, if there is one, and of V. The first
-    chunk has the most channels: it writes its rows of the two factors' gradients, the others add to theirs, and only
+def _sorted_backward(grads: List[torch.Tensor], x: torch.Tensor, packed: torch.Tensor, V: torch.Tensor,
+                     Us: List[torch.Tensor], mask: torch.Tensor, chunks: torch.Tensor, input_grad: bool,
+                     bias: bool) -> List[torch.Tensor]:
+    """Gradients of x (empty unless input_grad), of V and of each U below that of its bias, if there is one. The first
+    chunk has the most channels: it writes its rows of the factors' gradients, the others add to theirs, and only
     rows that no chunk computes are filled with zeros."""
-    B, rows, n = x.shape
-    one = int(bias)
-    x, grad = x.reshape(B * rows, n), grad.reshape(B * rows, -1)
+    (B, rows, n), L, one = x.shape, len(Us), int(bias)
+    x, grads = x.reshape(B * rows, n), [grad.reshape(B * rows, -1) for grad in grads]
     dx = torch.empty_like(x) if input_grad else x.new_empty(B * rows, 0)
-    dU_1, dV = U.new_empty(one + U.shape[0], U.shape[1]), torch.empty_like(V)
+    dU_1s, dV = [U.new_empty(one + U.shape[0], U.shape[1]) for U in Us], torch.empty_like(V)
     scratch, used = None, 0
-    for k, least, mask_c, x_c, grad_c, dx_c in _chunks(chunks, rows, mask, x, grad, dx):
-        h_1 = _block(packed, one + k, len(x_c), used)  # (one + k, vectors)
-        is_first, used = used == 0, used + h_1.numel()
-        if scratch is None or len(scratch) < h_1.numel():
-            scratch = x.new_empty(h_1.numel())  # one for all chunks: small, so it stays in the cache
-        dh = _block(scratch, k, len(x_c))
-        torch.mm(U[:k], grad_c.t(), out=dh)
+    for k, least, mask_c, x_c, dx_c, *grad_c in _chunks(chunks, rows, mask, x, dx, *grads):
+        flat = _block(packed, one + k, L, len(x_c), used)
+        h_1 = flat.view(-1, L, len(x_c))  # (one + k, L, vectors)
+        is_first, used = used == 0, used + flat.numel()
+        if scratch is None or len(scratch) < flat.numel():
+            scratch = x.new_empty(flat.numel())  # one for all chunks: small, so it stays in the cache
+        flat = _block(scratch, k, L, len(x_c))
+        dh = flat.view(-1, L, len(x_c))  # (k, L, vectors)
+        for i, U in enumerate(Us):
+            torch.mm(U[:k], grad_c[i].t(), out=dh[:, i])
         if least < k:
-            dh[least:].unflatten(1, (-1, rows)).mul_(mask_c)
+            dh[least:].view(k - least, L, -1, rows).mul_(mask_c)
+        V_k, dV_k = V[:k].flatten(0, 1), dV[:k].flatten(0, 1)  # (k * L, n)
         if input_grad:
-            torch.mm(dh.t(), V[:k], out=dx_c)
+            torch.mm(flat.t(), V_k, out=dx_c)
         if is_first:
-            torch.mm(h_1, grad_c, out=dU_1[:one + k])
-            torch.mm(dh, x_c, out=dV[:k])
-            dU_1[one + k:], dV[k:] = 0, 0
+            torch.mm(flat, x_c, out=dV_k)
+            dV[k:] = 0
+            for i, dU_1 in enumerate(dU_1s):
+                torch.mm(h_1[:, i], grad_c[i], out=dU_1[:one + k])
+                dU_1[one + k:] = 0
         else:
-            dU_1[:one + k].addmm_(h_1, grad_c)
-            dV[:k].addmm_(dh, x_c)
-    return dx.view(B, rows, -1) if input_grad else x.new_empty(0), dU_1, dV
+            dV_k.addmm_(flat, x_c)
+            for i, dU_1 in enumerate(dU_1s):
+                dU_1[:one + k].addmm_(h_1[:, i], grad_c[i])
+    return [dx.view(B, rows, -1) if input_grad else x.new_empty(0), dV, *dU_1s]
 
 
 @_sorted_forward.register_fake
-def _(x, U, V, bias, mask, chunks):
+def _(x, V, Us, biases, mask, chunks):
     B, rows, _ = x.shape
-    return x.new_empty(B, rows, U.shape[1]), x.new_empty(B * rows * (mask.shape[1] + (bias is not None)))
+    channels = mask.shape[1] + (len(biases) > 0)
+    return [x.new_empty(B, rows, U.shape[1]) for U in Us] + [x.new_empty(B * rows * channels * len(Us))]
 
 
 @_sorted_backward.register_fake
-def _(grad, x, packed, U, V, mask, chunks, input_grad, bias):
-    return x.new_empty(x.shape if input_grad else 0), U.new_empty(bias + U.shape[0], U.shape[1]), torch.empty_like(V)
+def _(grads, x, packed, V, Us, mask, chunks, input_grad, bias):
+    dU_1s = [U.new_empty(bias + U.shape[0], U.shape[1]) for U in Us]
+    return [x.new_empty(x.shape if input_grad else 0), torch.empty_like(V), *dU_1s]
 
 
 def _save(ctx, inputs, output):
-    x, U, V, bias, mask, chunks = inputs
-    ctx.bias = bias is not None
+    x, V, Us, biases, mask, chunks = inputs
+    ctx.bias = len(biases) > 0
     ctx.set_materialize_grads(False)  # or autograd would fill a gradient of zeros for the packed blocks
-    ctx.save_for_backward(x, output[1], U, V, mask, chunks)
+    ctx.save_for_backward(x, output[-1], V, mask, chunks, *Us)
 
 
-def _backward(ctx, grad, _):
+def _backward(ctx, grads):
+    x, packed, V, mask, chunks, *Us = ctx.saved_tensors
     wants_x = ctx.needs_input_grad[0]
-    dx, dU_1, dV = _sorted_backward(grad, *ctx.saved_tensors, wants_x, ctx.bias)
-    dbias, dU = (dU_1[0], dU_1[1:]) if ctx.bias else (None, dU_1)
-    return dx if wants_x else None, dU, dV, dbias, None, None
+    grads = [x.new_zeros(*x.shape[:2], U.shape[1]) if grad is None else grad for grad, U in zip(grads, Us)]
+    dx, dV, *dU_1s = _sorted_backward(grads, x, packed, V, Us, mask, chunks, wants_x, ctx.bias)
+    dbiases, dUs = ([dU_1[0] for dU_1 in dU_1s], [dU_1[1:] for dU_1 in dU_1s]) if ctx.bias else ([], dU_1s)
+    return dx if wants_x else None, dV, dUs, dbiases, None, None
 
 
 _sorted_forward.register_autograd(_backward, setup_context=_save)
 
 
-def sorted_low_rank(x, U, V, bias, active: Sorted):
-    """x (B, rows, n) -> (B, rows, m), chunk by chunk; gradients for x, U, V and bias."""
+def sorted_low_rank(layers: list[LowRankLinear], x, active: Sorted) -> list[torch.Tensor]:
+    """What layers of equal rank make of the same x (B, rows, n), chunk by chunk: a (B, rows, m) for each."""
+    V = torch.stack([layer.V for layer in layers], 1) if len(layers) > 1 else layers[0].V[:, None]  # (r, L, n)
+    Us, biases = [layer.U for layer in layers], [layer.bias for layer in layers if layer.bias is not None]
     if torch.is_autocast_enabled(x.device.type):  # autocast does not look into our own operators
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, U, V, bias = (a if a is None else a.to(dtype) for a in (x, U, V, bias))
-    return _sorted_forward(x, U, V, bias, active.mask, active.chunks)[0]
+        x, V, Us, biases = x.to(dtype), V.to(dtype), [U.to(dtype) for U in Us], [bias.to(dtype) for bias in biases]
+    return _sorted_forward(x, V, Us, biases, active.mask, active.chunks)[:-1]
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lowrank import Linear, Sorted, cut, factorise, masks
+from lowrank import Linear, Sorted, cut, factorise, masks, side_by_side
 from schedule import T, RankSchedule, base_rank, iso_compute_rank
 
 METHODS = ("full", "static", "iso-compute", "iso-param")
@@ -226,8 +226,8 @@ class Block(nn.Module):
         B, N, D = x.shape
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = condition.chunk(6, dim=2)  # (B, 1, D)
         h = modulate(x, shift_1, scale_1)  # (B, N, D)
-        q, k, v = (layer(h, active).view(B, N, self.heads, D // self.heads).transpose(1, 2)  # (B, heads, N, D/heads)
-                   for layer in (self.q, self.k, self.v))
+        q, k, v = (y.view(B, N, self.heads, D // self.heads).transpose(1, 2)  # (B, heads, N, D/heads)
+                   for y in side_by_side([self.q, self.k, self.v], h, active))
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D)
         x = torch.addcmul(x, gate_1, self.out(h, active))
         h = modulate(x, shift_2, scale_2)

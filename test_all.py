@@ -2106,10 +2106,13 @@ def test_sorted_under_bfloat16_autocast():
 def test_sorted_passes_the_checks_of_custom_operators():
     """Shapes for the compiler, aliasing, autograd registration: PyTorch's own checker."""
     torch.manual_seed(0)
-    x, U, V, bias = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 4, 6), (5, 8), (5, 6), (8,)))
+    x, V, U_1, U_2, b_1, b_2 = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in (
+        (3, 4, 6), (5, 2, 6), (5, 8), (5, 7), (8,), (7,)))
     mask = lowrank.masks({5: torch.tensor([5, 3, 2])}, {5: 5})[5].double()
-    torch.library.opcheck(lowrank._sorted_forward, (x, U, V, bias, mask, torch.tensor([(0, 5, 3), (2, 2, 2)])),
-                          test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    for biases in ([b_1, b_2], []):
+        torch.library.opcheck(lowrank._sorted_forward, (x, V, [U_1, U_2], biases, mask,
+                                                        torch.tensor([(0, 5, 3), (2, 2, 2)])),
+                              test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
 
 def test_tokens_lie_in_memory_one_after_the_other():
@@ -2119,6 +2122,29 @@ def test_tokens_lie_in_memory_one_after_the_other():
         block.register_forward_pre_hook(lambda module, args: contiguous.append(args[0].is_contiguous()))
     net(*inputs(net.config, 3, dtype=torch.float32))
     assert contiguous == [True] * len(net.blocks)
+
+
+@pytest.mark.parametrize("rank", [5, 30])  # 3 layers of 30 channels are laid out the other way, see channels_first
+@pytest.mark.parametrize("bias", [True, False])
+def test_sorted_layers_side_by_side_are_each_layer_alone(rank, bias):
+    """Outputs and every gradient, also where one of the outputs is not used; and layers that are not sorted."""
+    torch.manual_seed(0)
+    layers = [lowrank.LowRankLinear(40, m, rank, bias=bias).double() for m in (32, 33, 34)]
+    for p in (parameters := [p for layer in layers for p in layer.parameters()]):
+        torch.nn.init.normal_(p)
+    mask = lowrank.masks({rank: torch.tensor([rank, 3, 2])}, {rank: rank})[rank].double()
+    x = torch.randn(3, 4, 40, dtype=torch.float64, requires_grad=True)
+    is_sorted = {rank: lowrank.Sorted(mask, torch.tensor([(0, rank, 3), (2, 2, 2)]))}
+    for active in (is_sorted, {rank: mask}, {rank: 3}, None):
+        together, alone = lowrank.side_by_side(layers, x, active), [layer(x, active) for layer in layers]
+        for used in (slice(3), slice(1, 3)):
+            grads = [torch.autograd.grad(sum((y * y.sum()).sum() for y in ys[used]), [x, *parameters], retain_graph=True,
+                                         allow_unused=True) for ys in (together, alone)]
+            for a, b in zip(*([*ys, *g] for ys, g in zip((together, alone), grads))):
+                assert (b is None or not b.any()) and (a is None or not a.any()) or relative(a, b) < 1e-13
+    dense = [lowrank.Linear(40, 8) for _ in range(2)]
+    for a, layer in zip(lowrank.side_by_side(dense, x.float(), is_sorted), dense):
+        assert torch.equal(a, layer(x.float()))
 
 
 def test_cut_finds_the_fewest_chunks():
@@ -2161,19 +2187,23 @@ def test_multiply_adds_of_a_sorted_step():
 
         class Plain(torch.autograd.Function):
             @staticmethod
-            def forward(ctx, x, U, V, bias, mask, chunks):
-                assert bias is not None
-                y, packed = real[0]._init_fn(x, U, V, bias, mask, chunks)
-                ctx.save_for_backward(x, packed, U, V, mask, chunks)
-                return y, packed
+            def forward(ctx, x, V, mask, chunks, *Us_and_biases):
+                Us, biases = Us_and_biases[::2], Us_and_biases[1::2]
+                *ys, packed = real[0]._init_fn(x, V, list(Us), list(biases), mask, chunks)
+                ctx.save_for_backward(x, packed, V, mask, chunks, *Us)
+                return *ys, packed
 
             @staticmethod
-            def backward(ctx, grad, _):
-                dx, dU_1, dV = real[1]._init_fn(grad, *ctx.saved_tensors, True, True)
-                return dx, dU_1[1:], dV, dU_1[0], None, None
+            def backward(ctx, *grads):
+                x, packed, V, mask, chunks, *Us = ctx.saved_tensors
+                dx, dV, *dU_1s = real[1]._init_fn(grads[:-1], x, packed, V, Us, mask, chunks, True, True)
+                return dx, dV, None, None, *(part for dU_1 in dU_1s for part in (dU_1[1:], dU_1[0]))
+
+        def plain(x, V, Us, biases, mask, chunks):
+            return Plain.apply(x, V, mask, chunks, *(part for pair in zip(Us, biases, strict=True) for part in pair))
 
         with pytest.MonkeyPatch.context() as patch, counter() as count, sdpa_kernel(SDPBackend.MATH):
-            patch.setattr(lowrank, "_sorted_forward", Plain.apply)
+            patch.setattr(lowrank, "_sorted_forward", plain)
             net.zero_grad()
             loss = net(x, t, y, active := sorted_active(net, t, t_low)).square().mean()
             (loss + lowrank.orthogonality_penalty(net, active)).backward()
