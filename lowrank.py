@@ -241,14 +241,14 @@ def _sorted_forward(x: torch.Tensor, V: torch.Tensor, Us: List[torch.Tensor], bi
     The bias is one more channel, in front, that is always 1: the product with U adds it on the way (and the
     backward pass has its gradient), where `addmm` would first write it to all of y."""
     (B, rows, n), L, one = x.shape, len(Us), int(len(biases) > 0)
-    U_1s = [torch.cat([bias[None], U]) for bias, U in zip(biases, Us)] or Us  # (one + r, m)
+    U_1s = [torch.cat([bias[None], U]) for bias, U in zip(biases, Us, strict=True)] if one else Us  # (one + r, m)
     ys = [x.new_empty(B * rows, U.shape[1]) for U in Us]
     packed, used = x.new_empty(B * rows * (one + mask.shape[1]) * L), 0
     for k, least, mask_c, x_c, *y_c in _chunks(chunks, rows, mask, x.reshape(B * rows, n), *ys):
         flat = _block(packed, one + k, L, len(x_c), used)
         h_1, used = flat.view(-1, L, len(x_c)), used + flat.numel()  # (one + k, L, vectors)
         h_1[:one] = 1
-        torch.mm(V[:k].flatten(0, 1), x_c.t(), out=flat[one * L:])
+        torch.mm(V[:k].view(-1, n), x_c.t(), out=flat[one * L:])
         if least < k:
             h_1[one + least:].view(k - least, L, -1, rows).mul_(mask_c)
         for i, U_1 in enumerate(U_1s):
@@ -280,7 +280,7 @@ def _sorted_backward(grads: List[torch.Tensor], x: torch.Tensor, packed: torch.T
             torch.mm(U[:k], grad_c[i].t(), out=dh[:, i])
         if least < k:
             dh[least:].view(k - least, L, -1, rows).mul_(mask_c)
-        V_k, dV_k = V[:k].flatten(0, 1), dV[:k].flatten(0, 1)  # (k * L, n)
+        V_k, dV_k = V[:k].view(-1, n), dV[:k].view(-1, n)  # (k * L, n)
         if input_grad:
             torch.mm(flat.t(), V_k, out=dx_c)
         if is_first:
