@@ -1,0 +1,253 @@
+"""What the command-line scripts share: errors in one line, flags, device, progress, files written whole.
+
+Nothing here is about diffusion; a reader of the method may skip it. It imports nothing from the project.
+"""
+
+import argparse
+import ctypes
+import hashlib
+import io
+import math
+import os
+import shutil
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# ----------------------------------------------------------------------------------------------------
+# Errors
+
+
+class InputError(ValueError):
+    """Something a person typed or supplied cannot be used. The message is one line: what was given,
+    what is allowed, what to do. Scripts print it and exit with status 2 (`run_script`)."""
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script's main(): an `InputError`, or what the file system refuses, ends in one line on stderr
+    and exit status 2, Ctrl-C in 130. Anything else is a bug of ours and keeps its traceback."""
+    try:
+        main()
+    except BrokenPipeError:  # `... | head` closed our output: nothing to say, and nobody to say it to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except (InputError, OSError) as error:  # OSError: a file for a folder, a full disk; it names the path
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def one_line(error: Exception) -> str:
+    """What an exception of somebody else's code says, in one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+# ----------------------------------------------------------------------------------------------------
+# Flags. A dataclass field made by `setting` carries its default, bounds and help: its flag and the check
+# of its value are generated from it, so that each stands in one place.
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong flag costs one line instead of the whole usage text, and `--help` keeps the
+    line breaks of the description."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help lists what is allowed)\n")
+
+
+def positive_int(text: str) -> int:
+    """argparse type: a whole number of at least 1."""
+    value = int(text) if text.lstrip("-").isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return value
+
+
+def setting(default, help: str = "", low=-math.inf, high=math.inf, above=None, choices: Iterable | None = None,
+            metavar: str | None = None) -> Any:
+    """A dataclass field of type int, float, bool or str, or of one of these or None.
+
+    low, high: the smallest and the largest value; above: larger than this. A field without `help` gets no flag.
+    """
+    choices = tuple(choices) if choices is not None else None
+    return field(default=default, metadata=dict(help=help, low=low, high=high, above=above, choices=choices,
+                                                metavar=metavar))
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _kind(f) -> type:
+    """float of a field annotated `float | None`, and the like."""
+    return f.type.__args__[0] if isinstance(f.type, types.UnionType) else f.type
+
+
+def add_flags(parser, dataclass, without: tuple[str, ...] = ()) -> None:
+    """A flag for every field that has a help text. What is not given stays None, so that it can be told from a
+    default. parser: or a group of one."""
+    for f in fields(dataclass):
+        m = f.metadata
+        if not m.get("help") or f.name in without:
+            continue
+        shown = {True: "on", False: "off", None: None}.get(f.default, f.default)
+        text = (m["help"] + ("" if shown is None else f" (default {shown})")).replace("%", "%%")
+        if _kind(f) is bool:
+            parser.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            name = m["metavar"] or {int: "N", float: "F", str: "NAME"}[_kind(f)]
+            parser.add_argument(flag(f.name), type=_kind(f), choices=m["choices"], help=text,
+                                metavar=None if m["choices"] and not m["metavar"] else name)
+
+
+def check_fields(values) -> None:
+    """Checks every field of a dataclass instance that `setting` made. Raises InputError naming the flag."""
+    for f in fields(values):
+        value, m, kind = getattr(values, f.name), f.metadata, _kind(f)
+        if not m or (value is None and isinstance(f.type, types.UnionType)):
+            continue
+        if m["choices"]:
+            fits, wanted = isinstance(value, str) and value in m["choices"], f"one of {', '.join(m['choices'])}"
+        elif kind in (bool, str):
+            fits, wanted = type(value) is kind, "on or off" if kind is bool else "a text"
+        else:
+            fits = type(value) in (int, kind) and (kind is int or math.isfinite(value)) and abs(value) < 2**63
+            fits = fits and m["low"] <= value <= m["high"] and (m["above"] is None or value > m["above"])
+            wanted = "a whole number" if kind is int else "a finite number"
+            limits = [f"of at least {m['low']}"] * (m["low"] > -math.inf)
+            limits += [f"above {m['above']}"] * (m["above"] is not None)
+            limits += [f"of at most {m['high']}"] * (m["high"] < math.inf)
+            wanted = " ".join([wanted, " and ".join(limits)]).strip()
+        if not fits:
+            raise InputError(f"{flag(f.name)} {str(value)[:60]} must be {wanted}")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Device
+
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = ("float32", "bfloat16")
+
+
+def pick_device(name: str) -> torch.device:
+    """'auto' takes CUDA, then Apple's MPS, then the CPU. Raises InputError if `name` is not there."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
+    if not available.get(name):
+        usable = ", ".join(kind for kind, there in available.items() if there)
+        raise InputError(f"--device {name} is not available on this machine; use one of: auto, {usable}")
+    return torch.device(name)
+
+
+def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The data type of matrix products: as named, or by default bfloat16 on CUDA and float32 elsewhere."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for the few float32 products beside autocast
+    elif device.type == "cpu":
+        _keep_large_blocks()
+    return getattr(torch, name or ("bfloat16" if device.type == "cuda" else "float32"))
+
+
+def _keep_large_blocks() -> None:
+    """On Linux: malloc keeps freed blocks of more than 32 MB. Otherwise it returns them to the kernel, and gets
+    them anew, zeroed page by page, several times in every layer: a tenth of a DiT-S/2 step on a CPU."""
+    with suppress(OSError, AttributeError):  # another C library does as it likes
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-3, 2**30), mallopt(-1, 2**31 - 1)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+
+
+# ----------------------------------------------------------------------------------------------------
+# Progress
+
+
+def show_progress(line: str) -> None:
+    """One line of progress on stdout: rewritten in place in a terminal, a line of its own in a file."""
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be rewritten
+        print(f"\r\033[K{line[:width]}", end="", flush=True)
+    else:
+        print(line, flush=True)
+
+
+def end_progress() -> None:
+    """Leaves the progress line standing; what is printed next starts below it."""
+    if sys.stdout.isatty():
+        print(flush=True)
+
+
+def duration(seconds: float) -> str:
+    """1 h 02 min, 3 min 04 s or 5 s."""
+    minutes, s = divmod(int(seconds + 0.5), 60)
+    h, m = divmod(minutes, 60)
+    return f"{h} h {m:02d} min" if h else f"{m} min {s:02d} s" if m else f"{s} s"
+
+
+# ----------------------------------------------------------------------------------------------------
+# Files
+
+
+def write_then_rename(path: Path, write: Callable[[io.BufferedWriter], None]) -> None:
+    """Calls `write(file)` on a temporary neighbour of `path` and renames it, so that a kill at any
+    moment leaves either the old file or the new one, never half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())  # the name must not point at data that a power cut can still lose
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: Path, keys: tuple[str, ...]) -> dict:
+    """Loads a .pt file that holds a dict with at least `keys`, onto the CPU. Only tensors and plain
+    values are ever unpickled (weights_only), so a file from a stranger cannot run code.
+    Raises InputError if the file is missing, damaged, not ours, or wants to run code."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's and numpy's remarks on foreign files: ours is one line
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path} does not exist; give the folder of a run that train.py has written") from None
+    except Exception as error:  # a foreign file can fail in any way inside the unpickler
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise InputError(f"{path} cannot be loaded: it is damaged, not a PyTorch file, or holds more than "
+                         f"tensors and plain values ({reason[:120]})") from None
+    missing = [key for key in keys if not isinstance(state, dict) or key not in state]
+    if missing:
+        raise InputError(f"{path} is not a file that train.py wrote (it lacks {', '.join(missing)})")
+    return state
+
+
+def sha256_of(path: Path) -> str:
+    """Raises InputError if the file cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror}); give the path of an existing file") from None
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Raises InputError unless the file's SHA-256 is `expected`. Called before a file is opened."""
+    found = sha256_of(path)
+    if found != expected:
+        raise InputError(f"{path} is damaged or not the file it claims to be "
+                         f"(SHA-256 {found[:12]}..., expected {expected[:12]}...); delete it and fetch it again")
