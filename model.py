@@ -14,10 +14,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lowrank import Linear, Sorted, cut, factorise, masks, side_by_side
-from schedule import T, RankSchedule, base_rank, iso_compute_rank
+from lowrank import Active, Channels, Linear, factorise, masked_channels
+from schedule import PREDICTIONS, T, RankSchedule, base_rank, iso_compute_rank
+from script import check_fields, setting, to_device
 
 METHODS = ("full", "static", "iso-compute", "iso-param")
+PROFILES = ("logistic", "linear")
 
 # depth, width, heads of the original DiT family; each comes with patches of 2, 4 and 8 pixels
 SIZES = {"DiT-S": (12, 384, 6), "DiT-B": (12, 768, 12), "DiT-L": (24, 1024, 16), "DiT-XL": (28, 1152, 16)}
@@ -26,67 +28,52 @@ PRESETS = {
     for name, (depth, width, heads) in SIZES.items() for patch in (2, 4, 8)
 }
 # small enough to learn `shapes` on two CPU cores in minutes
-PRESETS["tiny"] = dict(depth=3, width=192, heads=6, patch=4, conditioning="shared", dense_mlp_blocks=0)
-
-# how train.py trains them unless told otherwise: the settings of NA-LR D.1, and those of tiny
-TRAINING = {"DiT": dict(steps=800_000, batch_size=128, lr=1e-4, warmup=3000, ema_decay=0.9999, label_dropout=0.1,
-                        guidance=2.0, curriculum_share=0.4, rank_execution="sorted", log_every=50, save_every=5000,
-                        sample_every=20_000)}
-TRAINING["tiny"] = TRAINING["DiT"] | dict(steps=3000, batch_size=64, lr=2e-3, warmup=100, ema_decay=0.998, guidance=4.0,
-                                          curriculum_share=0.2, rank_execution="mask", log_every=20, save_every=500)
+PRESETS["tiny"] = dict(depth=3, width=192, heads=6, patch=4, conditioning="shared", dense_mlp_blocks=0, predict="v")
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides the shape of a model. Raises ValueError for values that do not fit.
+    """Everything that decides the shape of a model and what it predicts. Raises ValueError for values that do
+    not fit. Fields with a text are flags of train.py and flops.py.
 
     num_classes: label rows besides the extra one for "no class"; 0 for unconditional data
-    method, keep: full | static | iso-compute | iso-param, and the kept share p of the parameters
-    conditioning: 'per-block', each block with its own timestep and label embedder (the published
-                  parameter counts are of this model), or 'shared', one for all (the original DiT)
-    dense_mlp_blocks: the first so many blocks keep a dense MLP (the published counts: one)
-    factorise: 'all' linear layers but the final ones, or 'attention-mlp' alone, as NA-LR's text says
     """
-    depth: int = 12
-    width: int = 384
-    heads: int = 6
-    patch: int = 2
-    image_size: int = 32
-    channels: int = 3
-    num_classes: int = 10
-    method: str = "iso-compute"
-    keep: float = 0.5
-    rank_profile: str = "logistic"
-    rho_min: float = 0.4
-    warm_start: float = 0.1
-    rank_multiple: int = 1
-    conditioning: str = "per-block"
-    dense_mlp_blocks: int = 1
-    factorise: str = "all"
+    depth: int = setting(12, low=1)
+    width: int = setting(384, low=1)
+    heads: int = setting(6, low=1)
+    patch: int = setting(2, low=1)
+    image_size: int = setting(32, low=1)
+    channels: int = setting(3, low=1)
+    num_classes: int = setting(10, "label rows of the model; otherwise the dataset's", low=0)
+    predict: str = setting("eps", "what the model predicts: the noise, v = sqrt(ab) eps - sqrt(1 - ab) x_0, or the "
+                           "image; tiny: v", choices=PREDICTIONS)
+    method: str = setting("iso-compute", "full: dense; static: one rank for all t; iso-compute: noise-adaptive, average "
+                          "cost of static; iso-param: noise-adaptive, parameters of static", choices=METHODS)
+    keep: float = setting(0.5, "share of the parameters that a static layer keeps", above=0, high=1, metavar="P")
+    rank_profile: str = setting("logistic", "shape of Phi(t)", choices=PROFILES)
+    rho_min: float = setting(0.4, "smallest share of r_max that is active", above=0, high=1)
+    warm_start: float = setting(0.1, "share of t, from the clean end, that always has r_max", low=0, high=1)
+    rank_multiple: int = setting(1, "round active ranks up to a multiple of N; tensor cores like 8 or 16", low=1)
+    conditioning: str = setting("per-block", "timestep and label embedder in every block, as the published parameter "
+                                "counts have it, or one for all, as the original DiT; tiny: shared",
+                                choices=("per-block", "shared"))
+    dense_mlp_blocks: int = setting(1, "first blocks whose MLP stays dense; the published counts: 1; tiny: 0", low=0)
+    factorise: str = setting("all", "which layers are low-rank: also adaLN and the timestep embedders, as the published "
+                             "counts, or those that NA-LR's text names", choices=("all", "attention-mlp"))
 
     def __post_init__(self):
-        for name, least in (("depth", 1), ("width", 1), ("heads", 1), ("patch", 1), ("image_size", 1), ("channels", 1),
-                            ("num_classes", 0), ("dense_mlp_blocks", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name} {value!r} must be a whole number of at least {least}")
+        check_fields(self)
         if self.image_size % self.patch:
             raise ValueError(f"image size {self.image_size} is not divisible by the patch size {self.patch}; "
                              "choose another --image-size or a model with another patch (DiT-S/2, /4, /8)")
         if self.width % self.heads or self.width % 4:
             raise ValueError(f"width {self.width} must be divisible by the {self.heads} heads and by 4")
-        if not 0 < self.keep <= 1:
-            raise ValueError(f"keep {self.keep} must lie in (0, 1]")
-        for name, allowed in (("method", METHODS), ("conditioning", ("per-block", "shared")),
-                              ("factorise", ("all", "attention-mlp"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; use {', '.join(allowed)}")
-        self.rank_schedule()  # raises ValueError for its own settings
 
     def rank_schedule(self) -> RankSchedule | None:
         """Phi(t) of this model; None where every timestep uses all channels."""
-        schedule = RankSchedule(self.rank_profile, self.rho_min, self.warm_start, multiple=self.rank_multiple)
-        return schedule if self.method.startswith("iso") else None
+        if not self.method.startswith("iso"):
+            return None
+        return RankSchedule(self.rank_profile, self.rho_min, self.warm_start, multiple=self.rank_multiple)
 
     @property
     def tokens(self) -> int:
@@ -141,23 +128,6 @@ def linear_layers(config: Config) -> tuple[LinearLayer, ...]:
     layers.append(LinearLayer("final_adaln", d, 2 * d, 1))
     layers.append(LinearLayer("final_out", d, config.patch**2 * config.channels, rows))
     return tuple(layers)
-
-
-@functools.cache
-def rank_cost(config: Config) -> list[int]:
-    """Multiply-adds of the forward pass of all low-rank layers for one sample at each t, by index."""
-    schedule, cost = config.rank_schedule(), torch.zeros(T + 1, dtype=torch.int64)
-    for layer in linear_layers(config):
-        if layer.rank is not None:
-            cost += layer.rows * (layer.n + layer.m) * (schedule.table(layer.rank) if schedule else layer.rank)
-    return cost.tolist()
-
-
-def chunk_batch(config: Config, t: list[int]) -> list[tuple[int, int, int]]:
-    """For sorted execution of a batch whose timesteps t ascend: each chunk's first sample, that sample's t,
-    and the last sample's t."""
-    firsts = cut([rank_cost(config)[t_i] for t_i in t])
-    return [(first, t[first], t[end - 1]) for first, end in zip(firsts, firsts[1:] + [len(t)])]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -227,7 +197,7 @@ class Block(nn.Module):
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = condition.chunk(6, dim=2)  # (B, 1, D)
         h = modulate(x, shift_1, scale_1)  # (B, N, D)
         q, k, v = (y.view(B, N, self.heads, D // self.heads).transpose(1, 2)  # (B, heads, N, D/heads)
-                   for y in side_by_side([self.q, self.k, self.v], h, active))
+                   for y in (self.q(h, active), self.k(h, active), self.v(h, active)))
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D)
         x = torch.addcmul(x, gate_1, self.out(h, active))
         h = modulate(x, shift_2, scale_2)
@@ -238,7 +208,7 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """eps_hat = DiT(x_t, t, y): predicts the noise in x_t.
+    """DiT(x_t, t, y) predicts the noise in x_t, or what else config.predict says.
 
     config.method other than 'full' factorises the layers that `linear_layers` gives a rank.
     """
@@ -261,9 +231,6 @@ class DiT(nn.Module):
         ranks = {layer.name: layer.rank for layer in linear_layers(config) if layer.rank is not None}
         factorise(self, ranks, initialise)
         self.ranks = sorted(set(ranks.values()))  # the distinct r_max
-        if self.rank_schedule is not None:
-            phi = torch.stack([self.rank_schedule.table(r) for r in self.ranks])
-            self.register_buffer("phi", phi, persistent=False)  # (len(ranks), T + 1)
 
     @torch.no_grad()
     def initialise(self):
@@ -277,41 +244,35 @@ class DiT(nn.Module):
         for embedder in self.embedders:
             for weight in (embedder.time_in.weight, embedder.time_out.weight, embedder.label.weight):
                 nn.init.normal_(weight, std=0.02)
-        # adaLN-Zero: every block starts as the identity, the whole model as eps_hat = 0
+        # adaLN-Zero: every block starts as the identity, the whole model as output = 0
         for layer in [block.adaln for block in self.blocks] + [self.final_adaln, self.final_out]:
             nn.init.zeros_(layer.weight)
 
-    def active_ranks(self, t: int | torch.Tensor, t_low: int = 1, chunks: list[tuple[int, int, int]] | None = None):
-        """The `active` argument (lowrank.py) for timestep t; None for a model without a rank schedule.
+    def active(self, t: int | torch.Tensor) -> Active:
+        """How many channels every layer uses at timestep t; None for a model without a rank schedule.
 
         int t: slicing, for a batch that shares t.
-        t int64 (B,): a mask per sample; channels beyond Phi(t_low), which no t >= t_low uses, are
-        sliced away. t_low is an int so that no device has to be asked.
-        chunks: from `chunk_batch`, for sorted execution of a batch whose t ascend.
+        t int64 (B,) on the CPU: a mask per sample, inside the channels that the neediest sample uses.
         """
         if self.rank_schedule is None:
             return None
-        if not isinstance(t, torch.Tensor):
-            return {r: self.rank_schedule.active(t, r) for r in self.ranks}
-        phi = self.phi[:, t.to(self.phi.device)]  # (len(ranks), B)
-        active = masks(dict(zip(self.ranks, phi)), {r: self.rank_schedule.active(t_low, r) for r in self.ranks})
-        if chunks is None:
-            return active
-        k = self.rank_schedule.active
-        return {r: Sorted(mask, torch.tensor([(first, k(t_first, r), k(t_last, r)) for first, t_first, t_last in
-                                              chunks])) for r, mask in active.items()}
+        phi = {r: self.rank_schedule.active(t, r) for r in self.ranks}
+        if isinstance(t, int):
+            return {r: Channels(k) for r, k in phi.items()}
+        active = {r: masked_channels(phi_r) for r, phi_r in phi.items()}
+        return {r: Channels(k, to_device(mask, self.position.device)) for r, (k, mask) in active.items()}
 
-    def forward(self, x, t, y, active=None):
+    def forward(self, x, t, y, active: Active = None):
         """x (B, C, H, W) float, t int64 (B,) in 1..T, y int64 (B,) in 0..num_classes, where
-        num_classes means "no class". Returns eps_hat (B, C, H, W).
+        num_classes means "no class". Returns what config.predict says, (B, C, H, W).
 
-        active: from `active_ranks`; None masks each sample to its own Phi(t).
+        active: from `self.active`; None masks each sample to its own Phi(t).
         """
         if active is None:
-            active = self.active_ranks(t)
+            active = self.active(t.cpu())
         return self.denoise(x, self.condition(t, y, active), active)
 
-    def condition(self, t, y, active=None) -> list[torch.Tensor]:
+    def condition(self, t, y, active: Active = None) -> list[torch.Tensor]:
         """What t and y say to each block and to the final layer, before any image is seen: shifts, scales
         and gates (B, 1, 6D) for each block, shift and scale (B, 1, 2D) for the final layer."""
         t_emb = timestep_embedding(t).to(self.position.dtype)  # (B, 256)
@@ -320,8 +281,8 @@ class DiT(nn.Module):
         # with an embedder in every block, the published model takes the first one's vector at the end
         return [*blocks, self.final_adaln(c[0])[:, None]]
 
-    def denoise(self, x, conditions: list[torch.Tensor], active=None):
-        """The rest of the forward pass: x (B, C, H, W) -> eps_hat (B, C, H, W)."""
+    def denoise(self, x, conditions: list[torch.Tensor], active: Active = None):
+        """The rest of the forward pass: x (B, C, H, W) -> (B, C, H, W)."""
         # contiguous: or the residual stream of all blocks would keep the convolution's order (D before N)
         h = self.patchify(x).flatten(2).transpose(1, 2).contiguous() + self.position  # (B, N, D)
         for block, condition in zip(self.blocks, conditions):
@@ -343,42 +304,11 @@ def parameter_count(config: Config) -> int:
     return count
 
 
-# ----------------------------------------------------------------------------------------------------
-# The model's part of the command line, shared by train.py and flops.py
-
-
-def add_model_flags(parser) -> None:
-    """Flags default to None where the preset decides, so that a given flag can be told from a default."""
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=PRESETS, metavar="NAME",
-                       help=f"tiny (default for shapes), or {', '.join(SIZES)} with /2, /4, /8 (default: DiT-S/2)")
-    group.add_argument("--method", choices=METHODS,
-                       help="full: dense; static: one rank for all t; iso-compute: noise-adaptive, average cost of "
-                            "static; iso-param: noise-adaptive, parameters of static (default iso-compute)")
-    group.add_argument("--keep", type=float, metavar="P",
-                       help="share of the parameters that a static layer keeps (default 0.5)")
-    group.add_argument("--rank-profile", choices=("logistic", "linear"), help="shape of Phi(t) (default logistic)")
-    group.add_argument("--rho-min", type=float, metavar="F",
-                       help="smallest share of r_max that is active (default 0.4)")
-    group.add_argument("--warm-start", type=float, metavar="F", help="share of t that always has r_max (default 0.1)")
-    group.add_argument("--rank-multiple", type=int, metavar="N",
-                       help="round active ranks up to a multiple of N; tensor cores like 8 or 16 (default 1)")
-    group.add_argument("--conditioning", choices=("per-block", "shared"),
-                       help="timestep and label embedder in every block, or one for all "
-                            "(default per-block for DiT-*, shared for tiny)")
-    group.add_argument("--dense-mlp-blocks", type=int, metavar="N",
-                       help="first blocks whose MLP stays dense (default 1 for DiT-*, 0 for tiny)")
-    group.add_argument("--factorise", choices=("all", "attention-mlp"),
-                       help="which layers are low-rank: also adaLN and the timestep embedders, or not (default all)")
-    group.add_argument("--num-classes", type=int, metavar="N", help="label rows of the model (default: the dataset's)")
-
-
-def config_from_flags(args, default_model: str, **facts) -> Config:
-    """The preset, overlaid with `facts` (image_size, channels, num_classes of the data), overlaid with
-    the flags that were given. Raises ValueError as `Config` does."""
-    given = {f.name: getattr(args, f.name, None) for f in fields(Config)}
-    given = {name: value for name, value in given.items() if value is not None}
-    return Config(**(PRESETS[args.model or default_model] | facts | given))
+def preset_config(model: str, given: dict, **facts) -> Config:
+    """The preset, overlaid with `facts` (image_size, channels, num_classes of the data), overlaid with those of
+    the given flags that are fields of Config. Raises ValueError as `Config` does."""
+    names = {f.name for f in fields(Config)}
+    return Config(**(PRESETS[model] | facts | {name: value for name, value in given.items() if name in names}))
 
 
 def rank_summary(config: Config) -> list[str]:

@@ -19,99 +19,104 @@ import torch
 from PIL import Image
 from torchvision.utils import make_grid
 
-from data import (IMAGE_ENDINGS, InputError, Parser, duration, end_progress, gather, in_turns, pick_device,
-                  positive_int, read_checkpoint, run_script, show_progress, start_processes, to_uint8,
-                  write_then_rename)
-from lowrank import Merged
+from data import IMAGE_ENDINGS, to_uint8
 from model import Config, DiT
-from schedule import NoiseSchedule, sampling_timesteps
+from schedule import NoiseSchedule, predicted_x_0_and_eps, sampling_timesteps
+from script import (DEVICES, DTYPES, InputError, Parser, duration, end_progress, one_line, pick_device, pick_dtype,
+                    positive_int, read_checkpoint, run_script, show_progress, write_then_rename)
 
 # ----------------------------------------------------------------------------------------------------
-# From the model to eps(x, t)
+# From the model to x_0 and eps
 
-Eps = Callable[[torch.Tensor, int], torch.Tensor]
+Predictor = Callable[[torch.Tensor, int], torch.Tensor]  # (x, t) -> eps, or what else a model predicts
 
 
-def guided(model: DiT, y: torch.Tensor | None, guidance: float) -> Eps:
-    """eps(x, t) with classifier-free guidance (Ho and Salimans 2022, in the form eps_u + w (eps_c - eps_u)).
+def guided(model: DiT, y: torch.Tensor | None, guidance: float) -> Predictor:
+    """The model's answer with classifier-free guidance (Ho and Salimans 2022): out_u + w (out_c - out_u). Whatever
+    the model predicts is linear in eps at a given x, so this is their formula for eps.
 
     y: int64 (B,), or None for "no class". The two halves run as one batch, sliced to Phi(t). Where they
     would be the same, or one has weight zero (w = 0, w = 1, no classes), only one half is computed.
     What t and the labels say to the model does not depend on the image: it is computed once a step for
-    each distinct label. The weights must not change while eps is in use (`lowrank.Merged`).
+    each distinct label.
     """
     none = model.config.num_classes
     both = y is not None and none > 0 and guidance not in (0, 1)
-    merged = Merged(model)
     if y is None or guidance == 0:
         distinct, which = torch.tensor([none], device=model.position.device), slice(None)
     else:
         distinct, which = torch.cat([y, y.new_full((len(y),), none)] if both else [y]).unique(return_inverse=True)
 
-    def eps(x, t):
-        active = model.active_ranks(t)
-        active = active and merged(active)
+    def output(x, t):
+        active = model.active(t)
         conditions = model.condition(torch.full_like(distinct, t), distinct, active)  # each (labels, 1, ...)
         conditions = [c[which] for c in conditions]  # each (2B, 1, ...) or (B, 1, ...); (1, ...) for one label
         if not both:
-            return model.denoise(x, conditions, active)
-        eps_c, eps_u = model.denoise(torch.cat([x, x]), conditions, active).chunk(2)
-        return eps_u + guidance * (eps_c - eps_u)
+            return model.denoise(x, conditions, active).float()
+        out_c, out_u = model.denoise(torch.cat([x, x]), conditions, active).float().chunk(2)
+        return out_u + guidance * (out_c - out_u)
 
-    return eps
+    return output
 
 
-def _as_eps(model: DiT | Eps, y: torch.Tensor | None, guidance: float) -> Eps:
-    return guided(model, y, guidance) if isinstance(model, DiT) else model
+def denoiser(model: DiT | Predictor, y: torch.Tensor | None, guidance: float, clip: bool):
+    """(x, t) -> (x_0, eps), as the model sees them in x. Without a detour over eps in float32, which at t = T would
+    cost x_0 four digits. model: a DiT, used with labels y and guidance, or any callable eps(x, t).
+
+    clip: x_0 is clipped to [-1, 1] and eps made to fit it: of a model that predicts eps, errors near t = T are
+    amplified hundreds of times. A model of v or x_0 does not need it there.
+    """
+    is_dit = isinstance(model, DiT)
+    output, predict = (guided(model, y, guidance), model.config.predict) if is_dit else (model, "eps")
+    alpha_bar = NoiseSchedule().alpha_bar.tolist()  # Python floats: float64
+
+    def x_0_and_eps(x, t):
+        signal, noise = alpha_bar[t] ** 0.5, (1 - alpha_bar[t]) ** 0.5
+        x_0, eps = predicted_x_0_and_eps(predict, output(x, t), x, signal, noise)
+        if clip:
+            x_0 = x_0.clamp(-1, 1)
+            eps = (x - signal * x_0) / noise
+        return x_0, eps
+
+    return x_0_and_eps
 
 
 # ----------------------------------------------------------------------------------------------------
 # Samplers: generators that yield x after every step, the last one being the image in [-1, 1]
 
 
-def _predict_x_0(x, eps, alpha_bar: float, clip: bool):
-    """x_0 and eps, solved from x_t = sqrt(ab) x_0 + sqrt(1 - ab) eps. With `clip`, x_0 is clipped to
-    [-1, 1] and eps made to fit it: near t = T an error in eps is amplified hundreds of times."""
-    x_0 = (x - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5
-    if clip:
-        x_0 = x_0.clamp(-1, 1)
-        eps = (x - alpha_bar**0.5 * x_0) / (1 - alpha_bar) ** 0.5
-    return x_0, eps
-
-
 @torch.no_grad()
-def ddim(model: DiT | Eps, x: torch.Tensor, steps: int = 100, y: torch.Tensor | None = None, guidance: float = 2.0,
-         clip: bool = True) -> Iterator[torch.Tensor]:
+def ddim(model: DiT | Predictor, x: torch.Tensor, steps: int = 100, y: torch.Tensor | None = None,
+         guidance: float = 2.0, clip: bool = True) -> Iterator[torch.Tensor]:
     """Deterministic DDIM (Song et al. 2021, Eq. 12 with eta = 0).
 
     model: a DiT, used with labels y and guidance, or any callable eps(x, t) with an int t
     x: noise (B, C, H, W). Yields x at each of the `steps` timesteps after T, down to 0.
     """
-    eps = _as_eps(model, y, guidance)
-    alpha_bar = NoiseSchedule().alpha_bar.tolist()  # Python floats: float64
+    denoise, alpha_bar = denoiser(model, y, guidance, clip), NoiseSchedule().alpha_bar.tolist()
     visited = sampling_timesteps(steps)
     for t, t_next in zip(visited, visited[1:]):
-        x_0, e = _predict_x_0(x, eps(x, t), alpha_bar[t], clip)
-        x = alpha_bar[t_next] ** 0.5 * x_0 + (1 - alpha_bar[t_next]) ** 0.5 * e
+        x_0, eps = denoise(x, t)
+        x = alpha_bar[t_next] ** 0.5 * x_0 + (1 - alpha_bar[t_next]) ** 0.5 * eps
         yield x
 
 
 @torch.no_grad()
-def ddpm(model: DiT | Eps, x: torch.Tensor, steps: int = 100, y: torch.Tensor | None = None, guidance: float = 2.0,
-         clip: bool = True, noise: Callable[[], torch.Tensor] | None = None) -> Iterator[torch.Tensor]:
+def ddpm(model: DiT | Predictor, x: torch.Tensor, steps: int = 100, y: torch.Tensor | None = None,
+         guidance: float = 2.0, clip: bool = True, noise: Callable[[], torch.Tensor] | None = None
+         ) -> Iterator[torch.Tensor]:
     """Ancestral sampling on the chain of the visited timesteps (Ho et al. 2020, Eq. 6 and 7), with the
     posterior variance beta-tilde of that chain. The last step adds no noise.
 
     noise: gives a new standard normal tensor like x at each call; default torch's global generator.
     Other arguments and what it yields: as `ddim`.
     """
-    eps = _as_eps(model, y, guidance)
-    noise = noise or (lambda: torch.randn_like(x))
-    alpha_bar = NoiseSchedule().alpha_bar.tolist()
+    denoise, alpha_bar = denoiser(model, y, guidance, clip), NoiseSchedule().alpha_bar.tolist()
     visited = sampling_timesteps(steps)
+    noise = noise or (lambda: torch.randn_like(x))
     for t, t_next in zip(visited, visited[1:]):
         ab, ab_next = alpha_bar[t], alpha_bar[t_next]
-        x_0, _ = _predict_x_0(x, eps(x, t), ab, clip)
+        x_0, _ = denoise(x, t)
         beta = 1 - ab / ab_next  # of the step from t_next to t
         x = ab_next**0.5 * beta / (1 - ab) * x_0 + (1 - beta) ** 0.5 * (1 - ab_next) / (1 - ab) * x
         if t_next > 0:
@@ -139,23 +144,24 @@ class ImageNoise:
 
 
 def draw_images(model: DiT, indices: range, classes: list[int], seed: int = 0, sampler: str = "ddim", steps: int = 100,
-                guidance: float = 2.0, clip: bool = True, on_step: Callable[[int], None] = lambda n: None):
+                guidance: float = 2.0, clip: bool = True, dtype: torch.dtype = torch.float32,
+                on_step: Callable[[int], None] = lambda n: None):
     """Images number `indices` of this seed: uint8 (n, C, H, W) on the CPU, and their labels (n,).
 
     classes: image i is of class classes[i % len(classes)]; empty for unconditional images
-    on_step: called with the number of sampling steps done
+    dtype: of the matrix products; on_step: called with the number of sampling steps done
     """
     device = model.position.device
     noise = ImageNoise(seed, indices, (model.config.channels,) + (model.config.image_size,) * 2, device)
     labels = torch.tensor([classes[i % len(classes)] for i in indices]) if classes else None
     y = None if labels is None else labels.to(device)
-    x = noise()
     if sampler == "ddim":
-        images = ddim(model, x, steps, y, guidance, clip)
+        images = ddim(model, noise(), steps, y, guidance, clip)
     else:
-        images = ddpm(model, x, steps, y, guidance, clip, noise)
-    for done, x in enumerate(images, 1):
-        on_step(done)
+        images = ddpm(model, noise(), steps, y, guidance, clip, noise)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        for done, x in enumerate(images, 1):
+            on_step(done)
     return to_uint8(x).cpu(), torch.zeros(len(indices), dtype=torch.int64) if labels is None else labels
 
 
@@ -183,8 +189,11 @@ def load_model(run: Path, device: torch.device, file: str = "model.pt") -> tuple
     try:
         model = DiT(Config(**state["config"]), initialise=False)
         model.load_state_dict(state["model"])
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise InputError(f"{path} does not describe a model: {' '.join(str(error).split())[:200]}") from None
+        if not all(isinstance(name, str) for name in state["classes"]):
+            raise ValueError("classes are not names")
+        state["guidance"] = float(state["guidance"])
+    except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
+        raise InputError(f"{path} does not describe a model: {one_line(error)}") from None
     return model.to(device).eval().requires_grad_(False), state
 
 
@@ -218,59 +227,74 @@ def choose_classes(text: str, names: list[str]) -> list[int]:
 # The script
 
 
-def main():
+def read_command_line():
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--run", metavar="DIR", help="folder of a run (default: the newest under runs/)")
     add("--num", type=positive_int, default=100, metavar="N", help="how many images (default 100)")
+    add("--first", type=int, default=0, metavar="N", help="number of the first image: image i of a seed is the same in "
+        "any call, so several processes can share out a large set (default 0)")
     add("--classes", default="all", help="class numbers or names, e.g. 0,3 or star,heart; image i takes them in turn "
         "(default all)")
     add("--sampler", choices=("ddim", "ddpm"), default="ddim", help="ddim: deterministic; ddpm: ancestral")
     add("--steps", type=positive_int, default=100, metavar="N", help="sampling steps, 1 to 1000 (default 100)")
     add("--guidance", type=float, metavar="W", help="eps = eps_u + W (eps_c - eps_u); 1 is plain conditional "
-        "(default: the run's, 2 for the paper's)")
+        "(default: the run's)")
     add("--no-clip", action="store_true", help="do not clip predicted images to [-1, 1] at every step")
-    add("--seed", type=int, default=0, metavar="N", help="image i of a seed is the same in any batch (default 0)")
+    add("--seed", type=int, default=0, metavar="N", help="of the noise (default 0)")
     add("--out", metavar="FILE.png|FILE.npz|DIR", help="a grid, an array for fid.py, or a folder of PNGs (default: a "
         "grid in the run's samples/)")
     add("--batch-size", type=positive_int, metavar="N", help="images at a time (default 100 on a CPU, else 500)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    add("--device", choices=DEVICES, default="auto")
+    add("--dtype", choices=DTYPES, help="of the matrix products (default bfloat16 on CUDA, else float32)")
     args = parser.parse_args()
     if args.steps > 1000:
         parser.error(f"--steps {args.steps}: a sampler takes 1 to 1000")
-    if not 0 <= args.seed < 2**63:
-        parser.error(f"--seed {args.seed} must lie in 0..2**63 - 1")
+    for name in ("seed", "first"):
+        if not 0 <= getattr(args, name) < 2**63:
+            parser.error(f"--{name} {getattr(args, name)} must lie in 0..2**63 - 1")
     if args.guidance is not None and not math.isfinite(args.guidance):
         parser.error(f"--guidance {args.guidance} must be a finite number")
+    return args
 
-    rank, world, device = start_processes(pick_device(args.device))  # torchrun's; 0, 1 without it
-    run = Path(args.run) if args.run else newest_run()
-    model, state = load_model(run, device)
-    classes = choose_classes(args.classes, state["classes"])
-    guidance = state["guidance"] if args.guidance is None else args.guidance
-    batch_size = args.batch_size or (100 if device.type == "cpu" else 500)
-    out = Path(args.out or run / "samples" / f"{args.sampler}{args.steps}_seed{args.seed}.png")
-    as_folder = out.suffix not in (".png", ".npz")
+
+def check_out(out: Path, as_folder: bool) -> None:
+    """What cannot be written is better known before the drawing. Raises InputError."""
     if as_folder and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out} exists and is not an empty folder; name another, or FILE.png or FILE.npz")
     if out.suffix.lower() in IMAGE_ENDINGS + (".npz",) and (as_folder and out.suffix != ".png" or out.is_dir()):
         raise InputError(f"--out {out}: give FILE.png, FILE.npz or the name of a folder")
-    out.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is better known before the drawing
+    out.parent.mkdir(parents=True, exist_ok=True)
 
-    gather(None, world)  # all processes have seen the folder as it was
-    start, images, labels = time.time(), [], []
-    for first in range(rank * batch_size, args.num, world * batch_size):  # every process its share of the batches
-        indices = range(first, min(first + batch_size, args.num))
+
+def main():
+    args = read_command_line()
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    run = Path(args.run) if args.run else newest_run()
+    model, state = load_model(run, device)
+    classes = choose_classes(args.classes, state["classes"])
+    if not classes and args.guidance is not None:
+        print("note: --guidance has no effect: this model was trained without classes")
+    guidance = state["guidance"] if args.guidance is None else args.guidance
+    batch_size = args.batch_size or (100 if device.type == "cpu" else 500)
+    out = Path(args.out or run / "samples" / f"{args.sampler}{args.steps}_seed{args.seed}.png")
+    as_folder = out.suffix not in (".png", ".npz")
+    check_out(out, as_folder)
+
+    start, end, images, labels = time.time(), args.first + args.num, [], []
+    for first in range(args.first, end, batch_size):
+        indices = range(first, min(first + batch_size, end))
 
         def on_step(done):
-            equivalent = first + len(indices) * done / args.steps  # images, counting unfinished ones in part
+            equivalent = first - args.first + len(indices) * done / args.steps  # counting unfinished images in part
             rate = equivalent / (time.time() - start)
             if done == args.steps or sys.stdout.isatty():  # in a file, one line a batch is enough
-                show_progress(f"{run}: step {done}/{args.steps}, image {indices[-1] + 1}/{args.num}, "
+                show_progress(f"{run}: step {done}/{args.steps}, image {indices[-1] + 1 - args.first}/{args.num}, "
                               f"{rate:.1f} images/s, {duration((args.num - equivalent) / rate)} left")
 
         drawn, drawn_labels = draw_images(model, indices, classes, args.seed, args.sampler, args.steps, guidance,
-                                          not args.no_clip, on_step)
+                                          not args.no_clip, dtype, on_step)
         if as_folder:
             for i, image in zip(indices, drawn):
                 save_png(out / f"{i:06d}.png", image)
@@ -278,10 +302,6 @@ def main():
             images.append(drawn)
             labels.append(drawn_labels)
     end_progress()
-    everyone = gather((images, labels), world)
-    images, labels = (in_turns(lists) for lists in zip(*everyone))
-    if rank:
-        return
     if out.suffix == ".npz":
         arrays = {"arr_0": torch.cat(images).permute(0, 2, 3, 1).numpy(), "labels": torch.cat(labels).numpy()}
         write_then_rename(out, lambda file: np.savez(file, **arrays))
@@ -289,7 +309,8 @@ def main():
         save_grid(out, torch.cat(images), grid_columns(len(classes)))
         if len(classes) == grid_columns(len(classes)):
             print("columns:", ", ".join(state["classes"][c] for c in classes))
-    print(f"{args.num} images, {args.sampler} {args.steps} steps, guidance {guidance:g}: {out}")
+    guided_by = f", guidance {guidance:g}" if classes else ""
+    print(f"{args.num} images, {args.sampler} {args.steps} steps{guided_by}: {out}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Functions of the timestep t: noise, loss weights, the timesteps a sampler visits, and rank.
+"""Functions of the timestep t: noise, what the model predicts, the timesteps a sampler visits, and rank.
 
 NA-LR sections 2.1 and C.1. Time runs from t = 1 (nearly clean) to t = T = 1000 (noise). Arrays over t
 have length T + 1 and are indexed by t itself; entry 0 is the clean image. Read this file first, then
-lowrank.py.
+lowrank.py. The loss weights of other methods stand at the end.
 """
 
 import math
@@ -43,6 +43,51 @@ def add_noise(x_0: torch.Tensor, eps: torch.Tensor, signal: torch.Tensor, noise:
     return signal * x_0 + noise * eps
 
 
+# ----------------------------------------------------------------------------------------------------
+# What the model predicts: c_x x_0 + c_eps eps. Signal is sqrt(ab_t), noise sqrt(1 - ab_t): floats, or tensors
+# from `coefficients(t)`.
+
+PREDICTIONS = ("eps", "v", "x0")
+
+
+def target_coefficients(predict: str, signal, noise):
+    """c_x and c_eps of the target. v = sqrt(ab) eps - sqrt(1 - ab) x_0 is from Salimans and Ho 2022."""
+    if predict == "eps":
+        return 0.0, 1.0
+    if predict == "v":
+        return -noise, signal
+    return 1.0, 0.0
+
+
+def target(predict: str, x_0: torch.Tensor, eps: torch.Tensor, signal, noise) -> torch.Tensor:
+    """What the model should answer to x_t = signal x_0 + noise eps."""
+    c_x, c_eps = target_coefficients(predict, signal, noise)
+    return c_x * x_0 + c_eps * eps
+
+
+def predicted_x_0_and_eps(predict: str, output: torch.Tensor, x_t: torch.Tensor, signal, noise):
+    """The way back: (x_0, eps) from the model's answer to x_t, two linear equations in two unknowns.
+
+    Of a model that predicts eps, x_0 is a division by the signal, which at t = T is 1/20,290 of the noise: an
+    error is multiplied by that much, and a sampler has to clip. With v and x_0 it is not, and nothing has to be.
+    """
+    c_x, c_eps = target_coefficients(predict, signal, noise)
+    determinant = signal * c_eps - noise * c_x  # eps: signal, v: 1, x_0: -noise
+    return (c_eps * x_t - noise * output) / determinant, (signal * output - c_x * x_t) / determinant
+
+
+def eps_loss_factor(predict: str, schedule: NoiseSchedule) -> torch.Tensor:
+    """The squared error of eps for one unit of that of the output, at the same x_t: 1 for eps, ab for v, SNR
+    for x_0. float64 (T + 1,). Reported losses are those of eps, whatever is predicted, so that runs compare."""
+    signal, noise = schedule.alpha_bar.sqrt(), (1 - schedule.alpha_bar).sqrt()
+    c_x, c_eps = target_coefficients(predict, signal, noise)
+    return (signal / (signal * c_eps - noise * c_x)) ** 2
+
+
+# ----------------------------------------------------------------------------------------------------
+# Sampling
+
+
 def sampling_timesteps(n: int) -> list[int]:
     """The n + 1 timesteps that a sampler with n steps visits: n evenly spaced from T down, rounded,
     then 0. For n = 100: 1000, 990, ..., 10, 0.
@@ -54,50 +99,6 @@ def sampling_timesteps(n: int) -> list[int]:
         raise ValueError(f"{n} sampling steps; a sampler takes 1 to {T}")
     # in integers: round-half-up has no platform-dependent ties
     return [(2 * T * i + n) // (2 * n) for i in range(n, 0, -1)] + [0]
-
-
-# ----------------------------------------------------------------------------------------------------
-# Loss weights: other answers to the question where along t the effort should go. Each is a function of
-# the NoiseSchedule, float64 (T + 1,), for a model that predicts eps; entry 0 is not used.
-
-
-def erd_weight(s: NoiseSchedule) -> torch.Tensor:
-    """ERD: sqrt((c_x alpha)^2 + (c_e sigma)^2) for the target c_x x_0 + c_e eps, and eps alone leaves
-    sigma = sqrt(1 - alpha_bar). The rule is derived for uniform log-SNR; like its authors' discrete runs we
-    use it as it is with uniform t."""
-    return (1 - s.alpha_bar).sqrt()
-
-
-def min_snr_weight(s: NoiseSchedule, gamma: float = 5.0) -> torch.Tensor:
-    """Min-SNR-gamma (Hang et al. 2023): min(SNR, gamma) / SNR."""
-    return (gamma * torch.exp(-s.log_snr)).clamp(max=1)
-
-
-def p2_weight(s: NoiseSchedule, gamma: float = 1.0, k: float = 1.0) -> torch.Tensor:
-    """P2 (Choi et al. 2022): 1 / (k + SNR)^gamma."""
-    return (k + torch.exp(s.log_snr)) ** -gamma
-
-
-def speed_weight(s: NoiseSchedule, tau: int = 700, lam: float = 0.6) -> torch.Tensor:
-    """SpeeD (Wang et al. 2024): up to tau the growth of the noise variance, alpha_bar_{t-1} - alpha_bar_t,
-    whose minimum and maximum over all t become 1 - lam and lam; 1 above tau. Their tau belongs to a linear
-    noise schedule; with the cosine one, noise is far from complete at 700."""
-    growth = -s.alpha_bar.diff(prepend=s.alpha_bar[:1])  # entry 0 is 0 and not used
-    low, high = growth[1:].min(), growth[1:].max()
-    weight = 1 - lam + (2 * lam - 1) * (growth - low) / (high - low)
-    weight[tau + 1:] = 1
-    return weight
-
-
-WEIGHTINGS = {"none": lambda s: torch.ones_like(s.alpha_bar), "erd": erd_weight, "min-snr": min_snr_weight,
-              "p2": p2_weight, "speed": speed_weight}
-
-
-def loss_weight(name: str, s: NoiseSchedule, probabilities: torch.Tensor) -> torch.Tensor:
-    """The weight called `name`, divided by its mean under the distribution of t in use, so that learning
-    rates stay comparable. float64 (T + 1,). probabilities: float64 (T + 1,), the chance of each t."""
-    weight = WEIGHTINGS[name](s)
-    return weight / (weight * probabilities)[1:].sum()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -114,7 +115,7 @@ class RankSchedule:
     """Phi(t), how many of a layer's r_max rank channels are active at timestep t. NA-LR Eq. (2), (7).
 
         Phi(t) = r_min + ceil((r_max - r_min) f(t)),  r_min = ceil(rho_min r_max)
-        logistic:  f(t) = sigmoid(-k (t/T - m)),  k = 8, m = 0.5       linear:  f(t) = 1 - t/T
+        logistic:  f(t) = sigmoid(-steepness (t/T - midpoint)), 8 and 0.5      linear:  f(t) = 1 - t/T
         warm start (C.1.3):  Phi(t) = r_max for t <= floor(warm_start T)
 
     multiple (ours): Phi(t) is rounded up to a multiple of this, but never above r_max. Tensor cores like
@@ -126,7 +127,7 @@ class RankSchedule:
     """
 
     def __init__(self, profile: str = "logistic", rho_min: float = 0.4, warm_start: float = 0.1,
-                 k: float = 8.0, m: float = 0.5, multiple: int = 1):
+                 steepness: float = 8.0, midpoint: float = 0.5, multiple: int = 1):
         """Raises ValueError for an unknown profile, rho_min outside (0, 1], warm_start outside [0, 1] or a
         multiple below 1."""
         if profile not in ("logistic", "linear"):
@@ -137,8 +138,8 @@ class RankSchedule:
             raise ValueError(f"warm_start {warm_start} must lie in [0, 1]")
         if type(multiple) is not int or multiple < 1:
             raise ValueError(f"rank multiple {multiple!r} must be a whole number of at least 1")
-        self.profile, self.rho_min, self.warm_start, self.k, self.m = profile, rho_min, warm_start, k, m
-        self.multiple = multiple
+        self.profile, self.rho_min, self.warm_start, self.multiple = profile, rho_min, warm_start, multiple
+        self.steepness, self.midpoint = steepness, midpoint
         self._tables = {}
 
     def table(self, r_max: int) -> torch.Tensor:
@@ -154,7 +155,7 @@ class RankSchedule:
             # multiplied before the division: (r_max - r_min)(1 - t/T) would miss exact integers by a rounding
             grown = (r_max - r_min) * (T - t) / T
         else:
-            grown = (r_max - r_min) * torch.sigmoid(-self.k * (t / T - self.m))
+            grown = (r_max - r_min) * torch.sigmoid(-self.steepness * (t / T - self.midpoint))
         phi = r_min + torch.ceil(grown).long()
         phi[:math.floor(_exact(self.warm_start) * T) + 1] = r_max
         return (-(-phi // self.multiple) * self.multiple).clamp(max=r_max)
@@ -195,3 +196,52 @@ def iso_compute_rank(r_base: int, rank_schedule: RankSchedule, limit: int) -> in
     i = bisect_left(candidates, r_base, key=average)
     closest = min(candidates[max(0, i - 1):i + 1], key=lambda r_max: abs(average(r_max) - r_base))
     return candidates[bisect_left(candidates, average(closest), key=average)]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Loss weights: other answers to the question where along t the effort should go. Each is the weight of the
+# squared error of what is predicted, float64 (T + 1,); entry 0 is not used.
+
+
+def no_weight(schedule: NoiseSchedule, predict: str) -> torch.Tensor:
+    return torch.ones_like(schedule.alpha_bar)
+
+
+def erd_weight(schedule: NoiseSchedule, predict: str) -> torch.Tensor:
+    """ERD: sqrt((c_x alpha)^2 + (c_eps sigma)^2) for the target c_x x_0 + c_eps eps: sigma for eps, alpha for x_0,
+    sqrt(2) alpha sigma for v. The rule is derived for uniform log-SNR; like its authors' discrete runs we use
+    it as it is with uniform t."""
+    signal, noise = schedule.alpha_bar.sqrt(), (1 - schedule.alpha_bar).sqrt()
+    c_x, c_eps = target_coefficients(predict, signal, noise)
+    return ((c_x * signal) ** 2 + (c_eps * noise) ** 2) ** 0.5
+
+
+def min_snr_weight(schedule: NoiseSchedule, predict: str) -> torch.Tensor:
+    """Min-SNR-5 (Hang et al. 2023): min(SNR, 5) / SNR of the eps loss."""
+    return eps_loss_factor(predict, schedule) * (5 * torch.exp(-schedule.log_snr)).clamp(max=1)
+
+
+def p2_weight(schedule: NoiseSchedule, predict: str) -> torch.Tensor:
+    """P2 (Choi et al. 2022) with gamma = k = 1: 1 / (1 + SNR) of the eps loss."""
+    return eps_loss_factor(predict, schedule) / (1 + torch.exp(schedule.log_snr))
+
+
+def speed_weight(schedule: NoiseSchedule, predict: str, tau: int = 700, lam: float = 0.6) -> torch.Tensor:
+    """SpeeD (Wang et al. 2024), of the eps loss: up to tau the growth of the noise variance,
+    alpha_bar_{t-1} - alpha_bar_t, whose minimum and maximum over all t become 1 - lam and lam; 1 above tau.
+    Their tau belongs to a linear noise schedule; with the cosine one, noise is far from complete at 700."""
+    growth = -schedule.alpha_bar.diff(prepend=schedule.alpha_bar[:1])  # entry 0 is 0 and not used
+    low, high = growth[1:].min(), growth[1:].max()
+    weight = 1 - lam + (2 * lam - 1) * (growth - low) / (high - low)
+    weight[tau + 1:] = 1
+    return eps_loss_factor(predict, schedule) * weight
+
+
+WEIGHTINGS = {"none": no_weight, "erd": erd_weight, "min-snr": min_snr_weight, "p2": p2_weight, "speed": speed_weight}
+
+
+def loss_weight(name: str, schedule: NoiseSchedule, predict: str, probabilities: torch.Tensor) -> torch.Tensor:
+    """The weight called `name`, divided by its mean under the distribution of t in use, so that learning
+    rates stay comparable. float64 (T + 1,). probabilities: float64 (T + 1,), the chance of each t."""
+    weight = WEIGHTINGS[name](schedule, predict)
+    return weight / (weight * probabilities)[1:].sum()

@@ -1,25 +1,28 @@
-"""What the command-line scripts share: errors in one line, flags, device, progress, files written whole.
+"""What the command-line scripts share: errors in one line, flags, device, processes, progress, files.
 
 Nothing here is about diffusion; a reader of the method may skip it. It imports nothing from the project.
 """
 
 import argparse
+import atexit
+import contextlib
 import ctypes
 import hashlib
 import io
 import math
 import os
 import shutil
+import signal
 import sys
 import types
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 # ----------------------------------------------------------------------------------------------------
 # Errors
@@ -75,8 +78,8 @@ def positive_int(text: str) -> int:
     return value
 
 
-def setting(default, help: str = "", low=-math.inf, high=math.inf, above=None, choices: Iterable | None = None,
-            metavar: str | None = None) -> Any:
+def setting(default, help: str = "", low=-math.inf, high=math.inf, above=-math.inf,
+            choices: Iterable | None = None, metavar: str | None = None) -> Any:
     """A dataclass field of type int, float, bool or str, or of one of these or None.
 
     low, high: the smallest and the largest value; above: larger than this. A field without `help` gets no flag.
@@ -95,48 +98,52 @@ def _kind(f) -> type:
     return f.type.__args__[0] if isinstance(f.type, types.UnionType) else f.type
 
 
-def add_flags(parser, dataclass, without: tuple[str, ...] = ()) -> None:
-    """A flag for every field that has a help text. What is not given stays None, so that it can be told from a
-    default. parser: or a group of one."""
+def _number(text: str, kind: type):
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a {'whole ' if kind is int else ''}number") from None
+
+
+def add_flags(parser, dataclass, only: tuple[str, ...] | None = None) -> None:
+    """A flag for every field that has a help text, or for those named. What is not given stays None, so that it
+    can be told from a default. parser: or a group of one."""
     for f in fields(dataclass):
-        m = f.metadata
-        if not m.get("help") or f.name in without:
+        m, kind = f.metadata, _kind(f)
+        if not m["help"] or (only and f.name not in only):
             continue
-        shown = {True: "on", False: "off", None: None}.get(f.default, f.default)
-        text = (m["help"] + ("" if shown is None else f" (default {shown})")).replace("%", "%%")
-        if _kind(f) is bool:
+        shown = {True: " (default on)", False: " (default off)", None: ""}.get(f.default, f" (default {f.default})")
+        text = (m["help"] + shown).replace("%", "%%")
+        if kind is bool:
             parser.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, default=None, help=text)
-        else:
-            name = m["metavar"] or {int: "N", float: "F", str: "NAME"}[_kind(f)]
-            parser.add_argument(flag(f.name), type=_kind(f), choices=m["choices"], help=text,
-                                metavar=None if m["choices"] and not m["metavar"] else name)
+            continue
+        metavar = m["metavar"] or (None if m["choices"] else {int: "N", float: "F"}[kind])
+        parse = str if kind is str else lambda text, kind=kind: _number(text, kind)
+        parser.add_argument(flag(f.name), type=parse, choices=m["choices"], help=text, metavar=metavar)
 
 
 def check_fields(values) -> None:
     """Checks every field of a dataclass instance that `setting` made. Raises InputError naming the flag."""
     for f in fields(values):
         value, m, kind = getattr(values, f.name), f.metadata, _kind(f)
-        if not m or (value is None and isinstance(f.type, types.UnionType)):
+        if value is None and isinstance(f.type, types.UnionType):
             continue
         if m["choices"]:
             fits, wanted = isinstance(value, str) and value in m["choices"], f"one of {', '.join(m['choices'])}"
         elif kind in (bool, str):
             fits, wanted = type(value) is kind, "on or off" if kind is bool else "a text"
         else:
-            fits = type(value) in (int, kind) and (kind is int or math.isfinite(value)) and abs(value) < 2**63
-            fits = fits and m["low"] <= value <= m["high"] and (m["above"] is None or value > m["above"])
-            wanted = "a whole number" if kind is int else "a finite number"
-            limits = [f"of at least {m['low']}"] * (m["low"] > -math.inf)
-            limits += [f"above {m['above']}"] * (m["above"] is not None)
-            limits += [f"of at most {m['high']}"] * (m["high"] < math.inf)
-            wanted = " ".join([wanted, " and ".join(limits)]).strip()
+            fits = type(value) in (int, kind) and abs(value) < 2**63  # not infinite, not NaN
+            fits = fits and value > m["above"] and m["low"] <= value <= m["high"]
+            limits = {"at least": m["low"], "above": m["above"], "at most": m["high"]}
+            limits = " and ".join(f"{word} {limit}" for word, limit in limits.items() if math.isfinite(limit))
+            wanted = f"a {'whole' if kind is int else 'finite'} number" + (f" of {limits}" if limits else "")
         if not fits:
             raise InputError(f"{flag(f.name)} {str(value)[:60]} must be {wanted}")
 
 
 # ----------------------------------------------------------------------------------------------------
-# Device
-
+# Device and processes
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("float32", "bfloat16")
@@ -165,9 +172,66 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
 def _keep_large_blocks() -> None:
     """On Linux: malloc keeps freed blocks of more than 32 MB. Otherwise it returns them to the kernel, and gets
     them anew, zeroed page by page, several times in every layer: a tenth of a DiT-S/2 step on a CPU."""
-    with suppress(OSError, AttributeError):  # another C library does as it likes
+    with contextlib.suppress(OSError, AttributeError):  # another C library does as it likes
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-3, 2**30), mallopt(-1, 2**31 - 1)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+
+
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """From pinned memory the copy to a GPU runs beside the computation: nothing waits."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+class Processes:
+    """The processes that torchrun has started, or this one alone. Only number 0 speaks and writes."""
+
+    def __init__(self, device: torch.device):
+        self.number, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = device
+        if self.count > 1:
+            if device.type == "cuda":
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            atexit.register(dist.destroy_process_group)
+            if self.number:
+                sys.stdout = open(os.devnull, "w")
+
+    @contextlib.contextmanager
+    def first_one_first(self):
+        """What process 0 downloads or caches inside, the others then find."""
+        if self.number:
+            dist.barrier()
+        yield
+        if self.count > 1 and not self.number:
+            dist.barrier()
+
+    def gather(self, x) -> list:
+        """What each process holds, in the order of their numbers, on all of them."""
+        if self.count == 1:
+            return [x]
+        everyones = [None] * self.count
+        dist.all_gather_object(everyones, x)
+        return everyones
+
+
+class Stop:
+    """Ctrl-C, and torchrun's SIGTERM after it, only set `asked`, so that a loop can end in good order; a second
+    Ctrl-C ends at once."""
+
+    def __init__(self):
+        self.asked = False
+        self.handlers = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def receive(self, number, _):
+        if self.asked and number == signal.SIGINT:
+            os._exit(130)
+        self.asked = True
+        print("\nstopping soon, with everything saved; once more stops at once, without", file=sys.stderr)
+
+    def restore_handlers(self) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -234,6 +298,22 @@ def read_checkpoint(path: Path, keys: tuple[str, ...]) -> dict:
     if missing:
         raise InputError(f"{path} is not a file that train.py wrote (it lacks {', '.join(missing)})")
     return state
+
+
+def lock(folder: Path) -> None:
+    """Raises InputError if another process writes to the folder. The lock goes with this process, however it ends."""
+    with contextlib.suppress(ImportError):  # Windows: nothing keeps two apart there
+        import fcntl
+
+        file = open(folder / ".lock", "w")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise InputError(f"another process is writing to {folder}; wait for it, or choose another --out") from None
+        LOCKED.append(file)  # a file that nothing refers to would be closed
+
+
+LOCKED = []
 
 
 def sha256_of(path: Path) -> str:
