@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from curriculum import Curriculum, cluster_timesteps
-from model import Config, linear_layers, parameter_count, preset_config, rank_summary
+from model import Config, linear_layers, parameter_count, preset_config, summary
 from schedule import T, NoiseSchedule, sampling_timesteps
 from script import Parser, add_flags, positive_int, run_script
 
@@ -237,9 +237,8 @@ def main():
                               penalty=s.orthogonality > 0, sampling_steps=args.sampling_steps, models=rows,
                               by_t=by_t), indent=1))
         return
-    print(f"{s.model}, {config.method}" + ("" if config.method == "full" else f" keep {config.keep:g}")
-          + f"; {config.channels}x{config.image_size}x{config.image_size}, {config.num_classes} classes")
-    print("\n".join(rank_summary(config)))
+    print(f"{config.channels}x{config.image_size}x{config.image_size}, {config.num_classes} classes; {s.model}, "
+          + summary(config))
     print_comparison(rows, s.steps, args.sampling_steps)
     print("", *chart(config), sep="\n")
 

@@ -8,7 +8,7 @@ the network. Read lowrank.py before, train.py or flops.py after.
 import functools
 import math
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn as nn
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from lowrank import Active, Channels, Linear, factorise, masked_channels
 from schedule import PREDICTIONS, T, RankSchedule, base_rank, iso_compute_rank
-from script import check_fields, setting, to_device
+from script import InputError, check_fields, setting, to_device
 
 METHODS = ("full", "static", "iso-compute", "iso-param")
 PROFILES = ("logistic", "linear")
@@ -33,8 +33,8 @@ PRESETS["tiny"] = dict(depth=3, width=192, heads=6, patch=4, conditioning="share
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides the shape of a model and what it predicts. Raises ValueError for values that do
-    not fit. Fields with a text are flags of train.py and flops.py.
+    """Everything that decides the shape of a model and what it predicts. Raises InputError, a ValueError, for
+    values that do not fit. Fields with a text are flags of train.py and flops.py.
 
     num_classes: label rows besides the extra one for "no class"; 0 for unconditional data
     """
@@ -64,10 +64,10 @@ class Config:
     def __post_init__(self):
         check_fields(self)
         if self.image_size % self.patch:
-            raise ValueError(f"image size {self.image_size} is not divisible by the patch size {self.patch}; "
+            raise InputError(f"image size {self.image_size} is not divisible by the patch size {self.patch}; "
                              "choose another --image-size or a model with another patch (DiT-S/2, /4, /8)")
         if self.width % self.heads or self.width % 4:
-            raise ValueError(f"width {self.width} must be divisible by the {self.heads} heads and by 4")
+            raise InputError(f"width {self.width} must be divisible by the {self.heads} heads and by 4")
 
     def rank_schedule(self) -> RankSchedule | None:
         """Phi(t) of this model; None where every timestep uses all channels."""
@@ -311,14 +311,17 @@ def preset_config(model: str, given: dict, **facts) -> Config:
     return Config(**(PRESETS[model] | facts | {name: value for name, value in given.items() if name in names}))
 
 
-def rank_summary(config: Config) -> list[str]:
-    """A line per distinct layer shape: its rank, and a warning where low rank costs more than dense."""
+def summary(config: Config) -> str:
+    """Method and parameters, and a line per distinct layer shape: its rank, with a warning where low rank costs more
+    than dense."""
+    full = parameter_count(replace(config, method="full"))
+    text = config.method + ("" if config.method == "full" else f" keep {config.keep:g}")
+    text += f", predicts {config.predict}: {parameter_count(config):,} parameters (full rank {full:,})"
     schedule = config.rank_schedule()
     shapes = Counter((layer.m, layer.n, layer.rank) for layer in linear_layers(config) if layer.rank is not None)
-    lines = []
     for (m, n, r), count in sorted(shapes.items()):
-        line = f"{count:4d} layers {m:5d} x {n:<5d} rank " + (f"{schedule.active(T, r)}..{r}" if schedule else f"{r}")
+        least = f"{schedule.active(T, r)}.." if schedule else ""
+        text += f"\n{count:16d} layers {m:5d} x {n:<5d} rank {least}{r}"
         if r * (m + n) > m * n:
-            line += f"  (above m n / (m + n) = {m * n / (m + n):.0f}: costs more than dense)"
-        lines.append(line)
-    return lines
+            text += f"  (above m n / (m + n) = {m * n / (m + n):.0f}: costs more than dense)"
+    return text

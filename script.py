@@ -197,15 +197,6 @@ class Processes:
             if self.number:
                 sys.stdout = open(os.devnull, "w")
 
-    @contextlib.contextmanager
-    def first_one_first(self):
-        """What process 0 downloads or caches inside, the others then find."""
-        if self.number:
-            dist.barrier()
-        yield
-        if self.count > 1 and not self.number:
-            dist.barrier()
-
     def gather(self, x) -> list:
         """What each process holds, in the order of their numbers, on all of them."""
         if self.count == 1:
@@ -300,17 +291,26 @@ def read_checkpoint(path: Path, keys: tuple[str, ...]) -> dict:
     return state
 
 
-def lock(folder: Path) -> None:
-    """Raises InputError if another process writes to the folder. The lock goes with this process, however it ends."""
+def numbered_folder(parent: Path, name: str) -> Path:
+    """parent/003-name, counting up from the folders that are there; nothing is made yet."""
+    numbers = [p.name.split("-")[0] for p in parent.glob("*-*")]
+    return parent / f"{1 + max((int(n) for n in numbers if n.isdecimal()), default=0):03d}-{name}"
+
+
+def claim_folder(folder: Path) -> None:
+    """Makes the folder, removes what a kill has left half written, and locks it as long as this process lives.
+    Raises InputError if another process writes to it."""
+    folder.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(ImportError):  # Windows: nothing keeps two apart there
         import fcntl
 
-        file = open(folder / ".lock", "w")
+        LOCKED.append(open(folder / ".lock", "w"))  # a file that nothing refers to would be closed
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(LOCKED[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise InputError(f"another process is writing to {folder}; wait for it, or choose another --out") from None
-        LOCKED.append(file)  # a file that nothing refers to would be closed
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink()
 
 
 LOCKED = []

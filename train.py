@@ -30,11 +30,11 @@ import flops
 from curriculum import Curriculum, cluster_timesteps, speed, uniform
 from data import DATASETS, Dataset, Source, batch_indices, decode, open_source, to_unit
 from lowrank import orthogonality_penalty
-from model import PRESETS, SIZES, Config, DiT, parameter_count, preset_config, rank_summary
+from model import PRESETS, SIZES, Config, DiT, preset_config, summary
 from sample import draw_images, grid_columns, newest_run, save_grid
 from schedule import WEIGHTINGS, T, NoiseSchedule, add_noise, eps_loss_factor, loss_weight, target
-from script import (DEVICES, DTYPES, InputError, Parser, Processes, Stop, add_flags, check_fields, duration,
-                    end_progress, flag, lock, one_line, pick_device, pick_dtype, read_checkpoint, run_script,
+from script import (DEVICES, DTYPES, InputError, Parser, Processes, Stop, add_flags, check_fields, claim_folder, duration,
+                    end_progress, flag, numbered_folder, one_line, pick_device, pick_dtype, read_checkpoint, run_script,
                     setting, show_progress, to_device, write_then_rename)
 
 # ----------------------------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ class Settings:
     """How to train. None where `choose_settings` or the machine decides."""
     dataset: str = setting("shapes", f"{', '.join(DATASETS)}, or a folder, .zip or .npz", metavar="NAME|PATH")
     data_dir: str = setting("data", "where named datasets and decoded caches are kept", metavar="DIR")
-    image_size: int | None = setting(None, "shapes: size to draw (16); files: crop and resize (as they are)", low=1)
+    image_size: int | None = setting(None, "draw shapes (16), or crop and resize files, to this size", low=1)
     model: str = setting("DiT-S/2", f"{', '.join(SIZES)} with /2, /4, /8, or tiny, the default for shapes",
                          choices=PRESETS, metavar="NAME")
     steps: int = setting(800_000, "optimiser steps", low=1)
@@ -59,26 +59,22 @@ class Settings:
     orthogonality: float = setting(1e-4, "weight of the orthogonality penalty", low=0)
     curriculum_groups: int | None = setting(None, "timestep groups, 0 = off (default 10 for iso-*, else 0)",
                                             low=0, high=50)  # the rate would be zero with the 51st (C.3.4)
-    curriculum_share: float = setting(0.4, "the curriculum takes at most this share of the steps; 1 = no limit",
-                                      above=0, high=1)
-    curriculum_alpha: float = setting(0.05, "of the loss's EMA, whose plateau brings the next group", low=0, high=1)
-    curriculum_sampling: str = setting("progressive", "groups that are in keep their share (C.3.3), or all that are "
-                                       "in are alike", choices=("progressive", "uniform"))
+    curriculum_share: float = setting(0.4, "longest curriculum, as a share of the steps; 1 = no limit", above=0, high=1)
+    curriculum_alpha: float = setting(0.05, "of the loss's EMA, whose plateau brings a group", low=0, high=1)
+    curriculum_sampling: str = setting("progressive", "C.3.3, or all timesteps that are in alike",
+                                       choices=("progressive", "uniform"))
     restart: bool = setting(True, "fresh optimiser state and learning rate with each group (C.3.4)")
-    timesteps: str = setting("uniform", "how t is drawn; stratified spreads every batch over all noise levels",
+    timesteps: str = setting("uniform", "how t is drawn; stratified: each batch over all noise levels",
                              choices=("uniform", "stratified", "speed", "speed-stratified"))
-    t_first: int = setting(1, "lowest timestep to train on, without a curriculum", low=1, high=T)
-    t_last: int = setting(T, "highest timestep to train on, without a curriculum", low=1, high=T)
     weighting: str = setting("none", "of the loss along t, with mean 1", choices=WEIGHTINGS)
     seed: int = setting(0, "of weights, data order, noise, timesteps and drawn shapes", low=0, high=2**31)
-    slices: int | None = setting(None, "parts of a batch that each compute only the channels they need: the same "
-                                 "result, fewer products; 1: only masks (default 6 for DiT-* on a CPU, else 1)", low=1)
+    slices: int | None = setting(None, "parts of a batch that each compute only the channels they need: the "
+                                 "same result, fewer products; 1: masks (default 6 for DiT-* on a CPU, else 1)", low=1)
     device: str = setting("auto", "where to train", choices=DEVICES)
-    dtype: str | None = setting(None, "of matrix products (default bfloat16 on CUDA, else float32)", choices=DTYPES)
+    dtype: str | None = setting(None, "of matrix products (default bfloat16 on CUDA)", choices=DTYPES)
     compile: bool = setting(False, "torch.compile the model")
     log_every: int = setting(50, "steps per line of metrics.jsonl; the curriculum reads its losses then", low=1)
     save_every: int = setting(5000, "steps per state.pt and model.pt", low=1)
-    keep_models: bool = setting(False, "also keep the model of every save, as model_0005000.pt")
     sample_every: int = setting(20_000, "steps per sample grid; 0: none, not even at the end", low=0)
     guidance: float = setting(2.0, "guidance scale of this run's samples", metavar="W")
 
@@ -86,25 +82,19 @@ class Settings:
 TINY = dict(steps=2000, batch_size=64, lr=2e-3, warmup=100, ema_decay=0.998, curriculum_share=0.2, log_every=20,
             save_every=500)
 
-# What a resumed run may be told anew. Everything else would make it another run.
-# (The dataset may have moved; that it still holds the same images and classes is checked.)
+# What a resumed run may be told anew; everything else would make it another run. (That a dataset which has moved
+# still holds the same images and classes is checked.)
 MAY_CHANGE = {"dataset", "data_dir", "steps", "lr", "device", "dtype", "compile", "save_every", "sample_every",
-              "keep_models", "guidance", "slices"}
+              "guidance", "slices"}
 
 
 def choose_settings(given: dict) -> Settings:
     """The flags that were given, and defaults that depend on dataset, model or method. Raises InputError."""
     model = given.get("model", "tiny" if given.get("dataset", "shapes") == "shapes" else Settings.model)
     adaptive = given.get("method", Config.method).startswith("iso")
-    a_range = "t_first" in given or "t_last" in given
-    depends = dict(model=model, curriculum_groups=10 if adaptive and not a_range else 0)
-    depends |= TINY if model == "tiny" else {}
-    names = {f.name for f in fields(Settings)}
-    s = Settings(**(depends | {name: value for name, value in given.items() if name in names}))
+    depends = dict(model=model, curriculum_groups=10 if adaptive else 0) | (TINY if model == "tiny" else {})
+    s = Settings(**(depends | {f.name: given[f.name] for f in fields(Settings) if f.name in given}))
     check_fields(s)
-    if s.t_first > s.t_last or (a_range and (s.curriculum_groups > 1 or s.timesteps.startswith("speed"))):
-        raise InputError(f"--t-first {s.t_first} and --t-last {s.t_last} must be one range; it excludes a curriculum "
-                         "and SpeeD's --timesteps")
     return s
 
 
@@ -211,14 +201,15 @@ def main(argv: list[str] | None = None) -> None:
     folder, s, given, saved = read_command_line(argv)
     processes = Processes(pick_device(s.device))
     device, dtype = processes.device, pick_dtype(s.dtype, processes.device)
-    with processes.first_one_first():
-        source = open_source(s.dataset, s.data_dir, image_size=s.image_size, seed=s.seed)
-    config = choose_config(source, s, given, saved, processes)
-    with processes.first_one_first():
-        dataset = decode(source, s.data_dir)
+    for number in range(processes.count):  # in turns: what the first one downloads or caches, the others find
+        if number == processes.number:
+            source = open_source(s.dataset, s.data_dir, image_size=s.image_size, seed=s.seed)
+            config = choose_config(source, s, given, saved, processes)
+            dataset = decode(source, s.data_dir)
+        processes.gather(None)
     state = State(s, config, device)
     if saved and (folder / "state.pt").exists():
-        state.load(folder / "state.pt", s, processes)
+        load(folder / "state.pt", s, state, processes)
     folder = start_folder(folder, s, state, dataset, processes)
     print_summary(folder, s, given, state, dataset, processes, dtype)
     dataset = dataset.to(device)
@@ -227,9 +218,9 @@ def main(argv: list[str] | None = None) -> None:
         net = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
     slices = s.slices or (6 if s.model != "tiny" and device.type == "cpu" else 1)
     mine = slice(processes.number, None, processes.count)  # with t ascending, as much work as the others'
-    log, stop = Log(folder, s, state, processes), Stop()
+    log, stop, stopping = Log(folder, s, state, processes), Stop(), False
 
-    while state.step < s.steps and not stop.asked:
+    while state.step < s.steps and not stopping:
         if state.curriculum.advance(state.step) and s.restart:
             state.optimizer.state.clear()  # C.3.4; the EMA of the weights goes on
         start, stage = (state.curriculum.start, state.curriculum.stage) if s.restart else (0, 0)
@@ -240,20 +231,21 @@ def main(argv: list[str] | None = None) -> None:
         state.losses.append(train_step(net, state, batch, s, slices, dtype))
         state.timesteps.append(t)
         update_ema(state, s)
-        state.spent += flops.train_step(state.model.config, t.tolist(), slices, state.curriculum.t_low,
-                                        s.orthogonality > 0, processes.count)
+        state.spent += flops.train_step(config, t.tolist(), slices, state.curriculum.t_low, s.orthogonality > 0,
+                                        processes.count)
         state.step += 1
 
         if len(state.losses) == s.log_every or state.step == s.steps:
             log.write(lr)
-        if processes.count > 1:  # they agree on stopping when they talk anyway
-            stop.asked = not state.losses and any(processes.gather(stop.asked))
-        with log.pause():
-            if state.step % s.save_every == 0 or state.step == s.steps or stop.asked:
-                save(folder, s, state, dataset, processes)
-            all_in = state.curriculum.t_low == s.t_first  # a picture takes all timesteps
-            if s.sample_every and state.step % s.sample_every == 0 and state.step < s.steps and all_in:
-                save_samples(folder, f"step_{state.step:07d}.png", s, state, dataset, processes)
+        if processes.count == 1 or not state.losses:  # several agree on it when they have talked anyway
+            stopping = any(processes.gather(stop.asked))
+        if state.step % s.save_every == 0 or state.step == s.steps or stopping:
+            save(folder, s, state, dataset, processes)
+        due = s.sample_every and state.step % s.sample_every == 0 and state.step < s.steps
+        if due and state.curriculum.t_low == 1:  # a picture takes all timesteps
+            save_samples(folder, f"step_{state.step:07d}.png", s, state, dataset, processes)
+        if not state.losses:  # images per second are counted from after what was saved and drawn
+            log.clock = time.time()
 
     stop.restore_handlers()
     end_progress()
@@ -269,7 +261,6 @@ def main(argv: list[str] | None = None) -> None:
 
 class State:
     """Everything that changes while a run trains, and so is saved for it to go on to the same last bit."""
-    PARTS = ("model", "ema", "optimizer", "curriculum")  # with a state_dict of their own
 
     def __init__(self, s: Settings, config: Config, device: torch.device):
         torch.manual_seed(s.seed)
@@ -277,185 +268,73 @@ class State:
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=s.lr, weight_decay=0.0,
                                            fused=device.type in ("cpu", "cuda"))
-        starts = cluster_timesteps(NOISE.log_snr, s.curriculum_groups) if s.curriculum_groups > 1 else [s.t_first]
-        base = speed(T) if s.timesteps.startswith("speed") else uniform(T, s.t_first, s.t_last)
-        self.curriculum = Curriculum(starts, T, s.steps, s.curriculum_share, alpha=s.curriculum_alpha, base=base,
-                                     progressive=s.curriculum_sampling == "progressive")
+        self.curriculum = Curriculum(
+            cluster_timesteps(NOISE.log_snr, max(1, s.curriculum_groups)), T, s.steps, s.curriculum_share,
+            alpha=s.curriculum_alpha, base=speed(T) if s.timesteps.startswith("speed") else uniform(T),
+            progressive=s.curriculum_sampling == "progressive")
         self.host_rng = torch.Generator().manual_seed(s.seed)  # of the timesteps
         self.device_rng = torch.Generator(device).manual_seed(s.seed + 2**31)  # of everything else
-        self.step, self.spent = 0, 0  # steps done; multiply-adds spent
-        self.losses, self.timesteps = [], []  # since the last log line: (B,) of this process; (B,) of all
+        self.step, self.spent, self.lines = 0, 0, 0  # steps done; multiply-adds spent; lines logged
+        self.losses, self.timesteps = [], []  # since the last line: (B,) of this process; (B,) of all
 
     def all_losses(self, processes: Processes) -> torch.Tensor:
-        """Of whole batches since the last log line, (steps, B) on the CPU; the one thing that waits for the device."""
+        """Of whole batches since the last line, (steps, B) on the CPU: the one thing that waits for the device."""
         mine = torch.stack(self.losses).cpu() if self.losses else torch.zeros(0, 0)
         return torch.stack(processes.gather(mine), dim=2).flatten(1)
 
-    def save(self, path: Path, s: Settings, losses: torch.Tensor) -> None:
-        state = {name: getattr(self, name).state_dict() for name in self.PARTS}
-        state |= dict(step=self.step, spent=self.spent, losses=losses, timesteps=list(self.timesteps),
-                      host_rng=self.host_rng.get_state(), device_rng=self.device_rng.get_state(),
-                      device=self.device_rng.device.type, settings=fixed_settings(s))
-        write_then_rename(path, lambda file: torch.save(state, file))
+    def state_dict(self) -> dict:
+        parts = {name: part.state_dict() for name, part in vars(self).items() if hasattr(part, "state_dict")}
+        return vars(self) | parts | {name: getattr(self, name).get_state() for name in ("host_rng", "device_rng")}
 
-    def load(self, path: Path, s: Settings, processes: Processes) -> None:
-        """Raises InputError if the file is damaged or of another run."""
-        device = self.device_rng.device
-        state = read_checkpoint(path, self.PARTS + ("step", "spent", "losses", "timesteps", "host_rng", "device_rng",
-                                                    "device", "settings"))
-        if state["settings"] != fixed_settings(s):
-            raise InputError(f"{path} belongs to a run with other settings than its config.json")
-        try:
-            for saved, own in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups):
-                saved["fused"] = own["fused"]  # the state may be of another device; a fused optimiser is then moved
-            for name in self.PARTS:
-                getattr(self, name).load_state_dict(state[name])
-            self.step, self.spent, self.timesteps = int(state["step"]), int(state["spent"]), list(state["timesteps"])
-            self.losses = list(state["losses"][:, processes.number::processes.count].to(device))
-            self.host_rng.set_state(state["host_rng"])
-            if state["device"] == device.type:
-                self.device_rng.set_state(state["device_rng"])
-            else:
-                self.device_rng.manual_seed(s.seed + 2**31 + self.step)
-                print(f"resumed on {device.type}, not {state['device']}: the noise to come is another")
-        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-            raise InputError(f"{path} does not fit config.json: {one_line(error)}") from None
-        if self.step > s.steps:
-            raise InputError(f"{path.parent} has already trained {self.step} steps; --steps {s.steps} cannot take any "
-                             "back")
-
-
-def fixed_settings(s: Settings) -> dict:
-    return {name: value for name, value in asdict(s).items() if name not in MAY_CHANGE}
-
-
-# ----------------------------------------------------------------------------------------------------
-# The run folder
-
-RUN_FILES = ("config.json", "state.pt", "model.pt", "metrics.jsonl")
-
-
-def read_command_line(argv: list[str] | None):
-    """(run folder or None where one is to be made, settings, flags given, config.json's content or None). Nothing is
-    created before everything that a person can get wrong has been checked."""
-    parser = Parser(description=__doc__.replace("{TINY}", ", ".join(f"{k} {v}" for k, v in TINY.items())))
-    parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: a new one under runs/)")
-    parser.add_argument("--resume", action="store_true",
-                        help="go on with the run in --out (default: the newest under runs/)")
-    add_flags(parser.add_argument_group("training"), Settings)
-    add_flags(parser.add_argument_group("model"), Config)
-    args = parser.parse_args(argv)
-    given = {k: v for k, v in vars(args).items() if v is not None and k not in ("out", "resume")}
-    folder = newest_run(file="config.json") if args.resume and not args.out else args.out
-    if args.resume and (folder / "config.json").exists():
-        config, s, saved = read_config(folder)
-        known = asdict(s) | asdict(config)
-        differ = [f"{flag(k)} {v} (the run has {known[k]})" for k, v in given.items()
-                  if k not in MAY_CHANGE and v != known[k]]
-        if differ:
-            raise InputError(f"cannot resume {folder} with other settings: {', '.join(differ)}; leave them out, "
-                             "or train a new run without --resume")
-        s = replace(s, **{k: v for k, v in given.items() if k in MAY_CHANGE})
-        check_fields(s)
-        return folder, s, given, saved
-    if args.resume and not given and not folder.exists():
-        raise InputError(f"--resume: {folder} does not exist; name the folder of a run")
-    if args.resume:  # a job that was killed before it wrote anything goes on by the same command
-        print(f"nothing to resume in {folder} yet: starting")
-    elif folder and folder.exists() and not folder.is_dir():
-        raise InputError(f"--out {folder} is a file; name a folder")
-    elif folder and any((folder / name).exists() for name in RUN_FILES):
-        raise InputError(f"{folder} already holds a run; add --resume to go on with it, or choose another --out")
-    return folder, choose_settings(given), given, None
-
-
-def read_config(folder: Path) -> tuple[Config, Settings, dict]:
-    """The model, the settings and all else in a run's config.json. Raises InputError."""
-    path = folder / "config.json"
-    try:
-        saved = json.loads(path.read_bytes())
-        if "rank_execution" in saved["train"]:
-            raise ValueError("an older version wrote rank_execution: delete that line; --slices N does what sorted did")
-        config, s = Config(**saved["model"]), Settings(**saved["train"])
-        check_fields(s)
-        if type(saved["n_images"]) is not int or not all(type(name) is str for name in saved["classes"]):
-            raise ValueError("n_images must be a number, classes names")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path} is not a run's settings ({one_line(error)})") from None
-    return config, s, saved
-
-
-def choose_config(source: Source, s: Settings, given: dict, saved: dict | None, processes: Processes) -> Config:
-    """The model for these images, or that of the resumed run. Raises InputError where things do not fit."""
-    height, width = source.read(0, 1).shape[2:]
-    if height != width:
-        raise InputError(f"{source.name} has images of {width}x{height} pixels; --image-size N crops them to squares")
-    if s.batch_size % processes.count:
-        raise InputError(f"--batch-size {s.batch_size} is for all processes together, which cannot share it equally; "
-                         f"give a multiple of {processes.count}")
-    try:
-        config = (Config(**saved["model"]) if saved else
-                  preset_config(s.model, given | {"image_size": height}, num_classes=len(source.classes)))
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    if config.num_classes < len(source.classes) or config.image_size != height:
-        raise InputError(f"{source.name} has {len(source.classes)} classes of {height}x{width} images, the model "
-                         f"{config.num_classes} classes of {config.image_size}x{config.image_size}")
-    if saved and (saved["n_images"], saved["classes"]) != (len(source), source.classes):
-        raise InputError(f"{source.name} has {len(source)} images of {len(source.classes)} classes, the run was trained "
-                         f"on {saved['n_images']} of {len(saved['classes'])}; to go on they must be the same")
-    return config
-
-
-def start_folder(folder: Path | None, s: Settings, state: State, dataset: Dataset, processes: Processes) -> Path:
-    """Makes the folder, by default runs/003-shapes-tiny-iso-compute-0.5, counting up. Everything that can be wrong has
-    been checked: only now is anything written, and by process 0 alone."""
-    config = state.model.config
-    processes.gather(None)  # the others have checked, too
-    if folder is None:
-        numbers = [p.name.split("-")[0] for p in Path("runs").glob("*-*")]
-        number = max((int(n) for n in numbers if n.isdecimal()), default=0) + 1
-        keep = "" if config.method == "full" else f"-{config.keep:g}"
-        name = f"{Path(s.dataset).stem}-{s.model.replace('/', '-')}-{config.method}{keep}"
-        folder = processes.gather(Path("runs") / f"{number:03d}-{name}")[0]
-    if processes.number:
-        return folder
-    (folder / "samples").mkdir(parents=True, exist_ok=True)
-    lock(folder)
-    for leftover in (p for name in RUN_FILES for p in folder.glob(f".{name}.*.tmp")):  # a kill cut off its writing
-        leftover.unlink()
-    text = json.dumps({"dataset": dataset.name, "n_images": len(dataset.images), "classes": dataset.classes,
-                       "model": asdict(config), "train": asdict(s)}, indent=2)
-    write_then_rename(folder / "config.json", lambda file: file.write(text.encode()))
-    metrics = folder / "metrics.jsonl"
-    lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
-    kept = [line for line in lines if is_kept(line, state.step)]
-    write_then_rename(metrics, lambda file: file.writelines(kept))
-    return folder
-
-
-def is_kept(line: bytes, step: int) -> bool:
-    """False for lines of metrics.jsonl after `step`, which a resumed run will write again, and for half ones."""
-    try:
-        return line.endswith(b"\n") and json.loads(line)["step"] <= step
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return False
+    def load_state_dict(self, saved: dict, processes: Processes) -> None:
+        """saved: with the losses of all processes. Any exception means that it does not fit."""
+        for theirs, own in zip(saved["optimizer"]["param_groups"], self.optimizer.param_groups):
+            theirs["fused"] = own["fused"]  # a state from another device is then moved to where this one needs it
+        for name, part in vars(self).items():
+            if hasattr(part, "load_state_dict"):
+                part.load_state_dict(saved[name])
+            elif isinstance(part, (int, list)):
+                setattr(self, name, type(part)(saved[name]))
+        self.losses = [row[processes.number::processes.count].to(processes.device) for row in self.losses]
+        self.host_rng.set_state(saved["host_rng"])
+        if saved["device"] == processes.device.type:
+            self.device_rng.set_state(saved["device_rng"])
+        else:
+            self.device_rng.manual_seed(self.device_rng.initial_seed() + self.step)
+            print(f"resumed on {processes.device.type}, not {saved['device']}: the noise to come is another")
 
 
 def save(folder: Path, s: Settings, state: State, dataset: Dataset, processes: Processes) -> None:
     """Writes model.pt and state.pt. Raises InputError instead if a number in them is not finite."""
-    losses = state.all_losses(processes)
-    norms = torch.stack(torch._foreach_norm(list(state.model.parameters())))
-    check_finite(torch.cat([norms.cpu(), losses.flatten()]), folder, s, state)
+    losses, norms = state.all_losses(processes), torch._foreach_norm(list(state.model.parameters()))
+    check_finite(torch.cat([torch.stack(norms).cpu(), losses.flatten()]), folder, s, state)
     if processes.number:
         return
     final = dict(config=asdict(state.model.config), model=state.ema.state_dict(), classes=dataset.classes,
                  guidance=s.guidance, step=state.step)
     write_then_rename(folder / "model.pt", lambda file: torch.save(final, file))
-    if s.keep_models:
-        write_then_rename(folder / f"model_{state.step:07d}.pt", lambda file: torch.save(final, file))
     # last: a kill between the two is made good when the run goes on from the older state
-    state.save(folder / "state.pt", s, losses)
+    everything = state.state_dict() | dict(losses=list(losses), settings=fixed_settings(s),
+                                           device=processes.device.type)
+    write_then_rename(folder / "state.pt", lambda file: torch.save(everything, file))
+
+
+def load(path: Path, s: Settings, state: State, processes: Processes) -> None:
+    """Raises InputError if the file is damaged or of another run."""
+    saved = read_checkpoint(path, (*vars(state), "device", "settings"))
+    if saved["settings"] != fixed_settings(s):
+        raise InputError(f"{path} belongs to a run with other settings than its config.json")
+    try:
+        state.load_state_dict(saved, processes)
+    except Exception as error:  # a damaged file can fail in any way
+        raise InputError(f"{path} does not fit config.json: {one_line(error)}") from None
+    if state.step > s.steps:
+        raise InputError(f"{path.parent} has already trained {state.step} steps; --steps {s.steps} cannot take "
+                         "any back")
+
+
+def fixed_settings(s: Settings) -> dict:
+    return {name: value for name, value in asdict(s).items() if name not in MAY_CHANGE}
 
 
 def check_finite(values: torch.Tensor, folder: Path, s: Settings, state: State) -> None:
@@ -467,6 +346,93 @@ def check_finite(values: torch.Tensor, folder: Path, s: Settings, state: State) 
 
 
 # ----------------------------------------------------------------------------------------------------
+# The run folder
+
+
+def read_command_line(argv: list[str] | None):
+    """(run folder or None where one is to be made, settings, flags given, config.json's content or None).
+    Nothing is created before everything that a person can get wrong has been checked."""
+    parser = Parser(description=__doc__.replace("{TINY}", ", ".join(f"{k} {v}" for k, v in TINY.items())))
+    parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: a new one under runs/)")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on with the run in --out (default: the newest under runs/)")
+    add_flags(parser.add_argument_group("training"), Settings)
+    add_flags(parser.add_argument_group("model"), Config)
+    args = parser.parse_args(argv)
+    given = {k: v for k, v in vars(args).items() if v is not None and k not in ("out", "resume")}
+    folder = newest_run(file="config.json") if args.resume and not args.out else args.out
+    if not args.resume:
+        if folder and folder.exists() and not (folder.is_dir() and not (folder / "config.json").exists()):
+            raise InputError(f"{folder} already holds a run; add --resume to go on with it, or choose another --out")
+        return folder, choose_settings(given), given, None
+    if not (folder / "config.json").exists():
+        print(f"nothing to resume in {folder} yet: starting")  # so a job can be queued again by the same command
+        return folder, choose_settings(given), given, None
+    config, s, saved = read_config(folder)
+    known = asdict(s) | asdict(config)
+    differ = [f"{flag(k)} {v} (the run has {known[k]})" for k, v in given.items()
+              if k not in MAY_CHANGE and v != known[k]]
+    if differ:
+        raise InputError(f"cannot resume {folder} with other settings: {', '.join(differ)}; leave them out, "
+                         "or train a new run without --resume")
+    s = replace(s, **{k: v for k, v in given.items() if k in MAY_CHANGE})
+    check_fields(s)
+    return folder, s, given, saved
+
+
+def read_config(folder: Path) -> tuple[Config, Settings, dict]:
+    """The model, the settings and all else in a run's config.json. Raises InputError."""
+    path = folder / "config.json"
+    try:
+        saved = json.loads(path.read_bytes())
+        if "rank_execution" in saved["train"]:
+            raise ValueError("an older version wrote rank_execution: delete that line, --slices N does what sorted "
+                             "did")
+        config, s = Config(**saved["model"]), Settings(**saved["train"])
+        check_fields(s)
+        saved["n_images"], saved["classes"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path} is not a run's settings ({one_line(error)})") from None
+    return config, s, saved
+
+
+def choose_config(source: Source, s: Settings, given: dict, saved: dict | None, processes: Processes) -> Config:
+    """The model for these images, or that of the resumed run. Raises InputError where things do not fit."""
+    (height, width), classes = source.read(0, 1).shape[2:], source.classes
+    if height != width:
+        raise InputError(f"{source.name} has images of {width}x{height}; --image-size N crops them to squares")
+    if s.batch_size % processes.count:
+        raise InputError(f"--batch-size {s.batch_size} is shared equally; give a multiple of {processes.count}")
+    if saved and (saved["n_images"], saved["classes"]) != (len(source), classes):
+        raise InputError(f"{source.name} has {len(source)} images of {len(classes)} classes; the run was trained on "
+                         "others, and to go on they must be the same")
+    given = given | {"image_size": height}
+    config = Config(**saved["model"]) if saved else preset_config(s.model, given, num_classes=len(classes))
+    if config.num_classes < len(classes) or config.image_size != height:
+        raise InputError(f"{source.name} has {len(classes)} classes of {height}x{width} images, the model "
+                         f"{config.num_classes} classes of {config.image_size}x{config.image_size}")
+    return config
+
+
+def start_folder(folder: Path | None, s: Settings, state: State, dataset: Dataset, processes: Processes) -> Path:
+    """Makes the run folder. Everything that can be wrong has been checked: only now is anything written, and by
+    process 0 alone."""
+    if folder is None:
+        name = f"{Path(s.dataset).stem}-{s.model.replace('/', '-')}-{state.model.config.method}"
+        folder = processes.gather(numbered_folder(Path("runs"), name))[0]
+    if processes.number:
+        return folder
+    claim_folder(folder)
+    text = json.dumps({"dataset": dataset.name, "n_images": len(dataset.images), "classes": dataset.classes,
+                       "model": asdict(state.model.config), "train": asdict(s)}, indent=2)
+    write_then_rename(folder / "config.json", lambda file: file.write(text.encode()))
+    metrics = folder / "metrics.jsonl"  # lines after the state was saved will be written again
+    lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
+    write_then_rename(metrics, lambda file: file.writelines(lines[:state.lines]))
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------------
 # What is printed
 
 
@@ -475,15 +441,7 @@ class Log:
 
     def __init__(self, folder: Path, s: Settings, state: State, processes: Processes):
         self.folder, self.s, self.state, self.processes = folder, s, state, processes
-        self.begin, self.begin_step = time.time(), state.step
-        self.clock, self.clock_step, self.paused = self.begin, state.step, 0.0  # of the current interval
-
-    @contextlib.contextmanager
-    def pause(self):
-        """What happens inside does not count as training."""
-        start = time.time()
-        yield
-        self.paused += time.time() - start
+        self.begin, self.begin_step, self.clock = time.time(), state.step, time.time()
 
     def write(self, lr: float) -> None:
         """A line on the steps since the last one; the curriculum sees their losses."""
@@ -496,69 +454,62 @@ class Log:
         sums = np.bincount(group, losses.flatten().numpy(), len(LOSS_GROUPS))
         counts = np.bincount(group, minlength=len(LOSS_GROUPS))
         now, k = time.time(), max(flops.channels(config, curriculum.t_low).values(), default=None)
-        rate = (state.step - self.clock_step) * s.batch_size / (now - self.clock - self.paused)
+        done = state.step - self.begin_step  # in this call
+        rate = min(done, len(losses)) * s.batch_size / (now - self.clock)
         line = dict(step=state.step, loss=losses.mean().item(),
                     loss_by_group=[float(a / n) if n else None for a, n in zip(sums, counts)], lr=lr,
-                    stage=curriculum.stage, t_low=curriculum.t_low, t_high=s.t_last, active_rank=k,
-                    images_per_s=rate, flops=state.spent)
+                    stage=curriculum.stage, t_low=curriculum.t_low, t_high=T, active_rank=k, images_per_s=rate,
+                    flops=state.spent)
         if self.processes.number == 0:
             with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
-        left = (now - self.begin) / (state.step - self.begin_step) * (s.steps - state.step)
+        left = (now - self.begin) / done * (s.steps - state.step)
         show_progress(f"step {state.step}/{s.steps}, loss {line['loss']:.4f}, lr {lr:.1e}, "
-                      f"stage {curriculum.stage + 1}/{len(curriculum.starts)}, " + (f"rank {k}, " if k else "")
-                      + f"{rate:.0f} images/s, {duration(left)} left")
-        state.losses, state.timesteps = [], []
-        self.clock, self.clock_step, self.paused = now, state.step, 0.0
+                      f"stage {curriculum.stage + 1}/{len(curriculum.starts)}, "
+                      f"{'' if k is None else f'rank {k}, '}{rate:.0f} images/s, {duration(left)} left")
+        state.losses, state.timesteps, state.lines = [], [], state.lines + 1
 
 
-def save_samples(folder: Path, name: str, s: Settings, state: State, dataset: Dataset, processes: Processes) -> Path:
+def save_samples(folder: Path, name: str, s: Settings, state: State, dataset: Dataset, processes: Processes) -> str:
+    """A grid, by process 0; returns its path and columns."""
+    classes, columns = dataset.classes, grid_columns(len(dataset.classes))
     if processes.number == 0:
-        images, _ = draw_images(state.ema, range(100), list(range(len(dataset.classes))), guidance=s.guidance)
-        save_grid(folder / "samples" / name, images, grid_columns(len(dataset.classes)))
-    return folder / "samples" / name
-
-
-def masked_cost(s: Settings, config: Config, processes: Processes) -> int:
-    """Multiply-adds of a step without slices or a curriculum."""
-    return flops.train_step(config, [s.t_first] * s.batch_size, 1, s.t_first, s.orthogonality > 0, processes.count)
+        images, _ = draw_images(state.ema, range(100), list(range(len(classes))), guidance=s.guidance)
+        save_grid(folder / "samples" / name, images, columns)
+    return f"{folder / 'samples' / name}" + (f" (columns: {', '.join(classes)})" if len(classes) == columns else "")
 
 
 def print_summary(folder, s: Settings, given: dict, state: State, dataset: Dataset, processes, dtype) -> None:
     """What will be trained, and a line for each flag that was given and changes nothing."""
-    config, per_step = state.model.config, masked_cost(s, state.model.config, processes)
-    full = parameter_count(replace(config, method="full"))
+    config, size, cost = state.model.config, state.model.config.image_size, masked_cost(s, state, processes)
     print(f"run         {folder}" + (f", going on after step {state.step}" if state.step else ""))
-    print(f"device      {processes.device}, {str(dtype).removeprefix('torch.')}" + (", compiled" if s.compile else "")
-          + (f", {processes.count} processes" if processes.count > 1 else ""))
-    print(f"data        {dataset.name}: {len(dataset.images):,} images {config.image_size}x{config.image_size}, "
-          f"{len(dataset.classes) or 'no'} classes")
-    print(f"model       {s.model}, {config.method}" + ("" if config.method == "full" else f" keep {config.keep:g}")
-          + f", predicts {config.predict}: {parameter_count(config):,} parameters (full rank {full:,})")
-    for line in rank_summary(config):
-        print(f"           {line}")
-    print(f"cost        {per_step:.3g} multiply-adds a step of {s.batch_size}, {per_step * s.steps:.3g} in "
-          f"{s.steps:,} steps" + (", less what slices and curriculum save" if config.rank_schedule() else ""), flush=True)
+    print(f"device      {processes.device}, {dtype}, processes: {processes.count}" + ", compiled" * s.compile)
+    print(f"data        {dataset.name}: {len(dataset.images):,} images {size}x{size}, classes: {len(dataset.classes)}")
+    print(f"model       {s.model}, {summary(config)}")
+    print(f"cost        {cost:.3g} multiply-adds a step of {s.batch_size}, {cost * s.steps:.3g} in {s.steps:,} steps, "
+          "less what slices and curriculum save", flush=True)
     for applies, names, why in (
-            (config.method == "full", ("keep", "factorise", "dense_mlp_blocks", "orthogonality"), "--method full"),
             (config.rank_schedule() is None, ("rank_profile", "rho_min", "warm_start", "rank_multiple", "slices"),
              f"--method {config.method} uses the same channels at every t"),
+            (config.method == "full", ("keep", "factorise", "dense_mlp_blocks", "orthogonality"), "--method full"),
             (s.curriculum_groups <= 1, ("curriculum_share", "curriculum_alpha", "curriculum_sampling", "restart"),
              "there is no curriculum"),
             (not dataset.classes, ("label_dropout", "guidance"), "the images have no classes")):
-        for name in given:
-            if applies and name in names:
-                print(f"note: {flag(name)} has no effect: {why}")
+        for name in given.keys() & set(names) if applies else ():
+            print(f"note: {flag(name)} has no effect: {why}")
+
+
+def masked_cost(s: Settings, state: State, processes: Processes) -> int:
+    """Multiply-adds of a step without slices or a curriculum."""
+    return flops.train_step(state.model.config, [1] * s.batch_size, 1, 1, s.orthogonality > 0, processes.count)
 
 
 def print_end(folder: Path, s: Settings, state: State, dataset: Dataset, processes: Processes, log: Log) -> None:
-    saved = 1 - state.spent / (masked_cost(s, state.model.config, processes) * s.steps)
-    print(f"done, {duration(time.time() - log.begin)} in this call: {state.spent:.3g} multiply-adds"
-          + (f", {saved:.1%} less than without curriculum and slices" if saved > 0 else ""))
+    saved = 1 - state.spent / (masked_cost(s, state, processes) * s.steps)
+    print(f"done, {duration(time.time() - log.begin)} in this call: {state.spent:.3g} multiply-adds, {saved:.1%} less "
+          "than without curriculum and slices")
     if s.sample_every:
-        picture = save_samples(folder, "final.png", s, state, dataset, processes)
-        names = dataset.classes if len(dataset.classes) == grid_columns(len(dataset.classes)) else []
-        print(f"picture     {picture}" + (f" (columns: {', '.join(names)})" if names else ""))
+        print(f"picture     {save_samples(folder, 'final.png', s, state, dataset, processes)}")
     print(f"more        python sample.py --run {folder}")
     print(f"losses      python experiments/curves.py {folder}")
 

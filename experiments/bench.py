@@ -12,13 +12,12 @@ Training (one step of train.py: forward, backward, orthogonality penalty, AdamW,
     full      dense
     static    --method static
     r_max     the iso-compute model with all its channels for every sample: static at the rank of the next two
-    masked    iso-compute, --rank-execution mask
-    sorted    iso-compute, --rank-execution sorted
+    masked    iso-compute, --slices 1
+    slices    iso-compute, --slices N
 Sampling (DDIM, no guidance): full, static, iso-compute and iso-param, sliced as sample.py does it.
 Multiply-adds are those of flops.py: every matrix product, nothing elementwise.
 """
 
-import itertools
 import statistics
 import sys
 import time
@@ -30,13 +29,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's top level
 import flops
 import plot
+import train
 from curriculum import Curriculum
-from data import (InputError, Parser, end_progress, keep_large_blocks, pick_device, positive_int, run_script,
-                  show_progress)
-from lowrank import orthogonality_penalty
-from model import PRESETS, Config, DiT, chunk_batch, linear_layers, rank_cost
+from model import PRESETS, Config, DiT
 from sample import guided
 from schedule import T, sampling_timesteps
+from script import DTYPES, InputError, Parser, end_progress, pick_device, pick_dtype, positive_int, run_script, show_progress
 
 
 def timed(work, device: torch.device) -> float:
@@ -50,12 +48,11 @@ def timed(work, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def awake(config: Config, device: torch.device) -> DiT:
-    """A model whose gradients are not zero, as adaLN-Zero makes them at first."""
-    model = DiT(config).to(device)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+@torch.no_grad()
+def wake(model: DiT) -> DiT:
+    """Makes gradients flow everywhere: at first adaLN-Zero keeps most of them zero."""
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.02)
     return model
 
 
@@ -78,32 +75,18 @@ class Training:
     """The steps of one model as train.py takes them, on fixed random images."""
 
     def __init__(self, config: Config, device: torch.device, dtype: torch.dtype, compiled: bool, batch: int):
-        self.model, self.config, self.device, self.dtype = awake(config, device), config, device, dtype
-        self.net = torch.compile(self.model) if compiled else self.model
-        self.parameters = list(self.model.parameters())
-        self.ema = [parameter.detach().clone() for parameter in self.parameters]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, weight_decay=0.0, fused=True)
-        self.x, self.eps = (torch.randn(batch, config.channels, config.image_size, config.image_size, device=device)
-                            for _ in range(2))
+        self.settings = train.choose_settings(dict(batch_size=batch, dataset="none", curriculum_groups=0))
+        self.state, self.dtype = train.State(self.settings, config, device), dtype
+        self.net = torch.compile(wake(self.state.model)) if compiled else wake(self.state.model)
+        self.x_0, self.eps = (torch.randn(batch, config.channels, config.image_size, config.image_size, device=device)
+                              for _ in range(2))
         self.y = torch.randint(0, config.num_classes, (batch,), device=device)
 
-    def step(self, how: str, t: torch.Tensor):
+    def step(self, t: torch.Tensor, slices: int):
         """t (B,) on the host, ascending."""
-        t_device = t.to(self.device)
-        chunks = chunk_batch(self.config, t.tolist()) if how == "sorted" else None
-        # without a rank schedule every channel is used anyway
-        everything = {r: r for r in self.model.ranks}
-        active = everything if how == "r_max" else self.model.active_ranks(t_device, 1, chunks)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            eps_hat = self.net(self.x, t_device, self.y, active)
-        loss = (eps_hat.float() - self.eps).square().mean()
-        if self.model.ranks:
-            loss = loss + 1e-4 * orthogonality_penalty(self.model, active)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            torch._foreach_lerp_(self.ema, self.parameters, 1e-4)
+        batch = train.Batch(self.x_0, self.y, self.eps, t)
+        train.train_step(self.net, self.state, batch, self.settings, slices, self.dtype)
+        train.update_ema(self.state, self.settings)
 
 
 def summary(times: dict[str, list[float]], macs: dict[str, list[int]], images: int, peak: Peak) -> list[dict]:
@@ -120,46 +103,39 @@ def summary(times: dict[str, list[float]], macs: dict[str, list[int]], images: i
 
 
 def bench_training(configs: dict[str, Config], batch: int, device, dtype, compiled: bool, repetitions: int,
-                   peak: Peak) -> dict:
+                   slices: int, peak: Peak) -> dict:
     models = {name: Training(config, device, dtype, compiled, batch) for name, config in configs.items()
               if name != "iso-param"}
-    variants = {"full": ("full", ""), "static": ("static", ""), "r_max": ("iso-compute", "r_max"),
-                "masked": ("iso-compute", "mask"), "sorted": ("iso-compute", "sorted")}
-    times, macs, excess = {name: [] for name in variants}, {name: [] for name in variants}, []
+    models["r_max"] = Training(configs["iso-compute"], device, dtype, compiled, batch)
+    models["r_max"].state.model.rank_schedule = None  # then every sample uses all channels
+    variants = {"full": ("full", 1), "static": ("static", 1), "r_max": ("r_max", 1), "masked": ("iso-compute", 1),
+                "slices": ("iso-compute", slices)}
+    times, macs = {name: [] for name in variants}, {name: [] for name in variants}
     curriculum, rng = Curriculum([1], T, 1), torch.Generator().manual_seed(0)
-    cost = rank_cost(configs["iso-compute"])
-    # the channel of the bias is in two of the six products of a layer; here a forward pass is two of them
-    of_bias = batch * sum(layer.rows * layer.m * 2 / 3 for layer in linear_layers(configs["iso-compute"])
-                          if layer.rank is not None and layer.rows > 1)
     for turn in range(-2, repetitions):  # the first two warm up
         t = curriculum.sample(batch, rng)
         order = list(variants)
         for name in order[turn % len(order):] + order[:turn % len(order)]:  # nobody always goes first
-            model, how = variants[name]
-            seconds = timed(lambda: models[model].step(how, t), device)
+            model, n = variants[name]
+            seconds = timed(lambda: models[model].step(t, n), device)
             if turn >= 0:
                 times[name].append(seconds)
-                macs[name].append(flops.sorted_step(configs[model], t.tolist()) if how == "sorted"
-                                  else flops.train_step(configs[model], batch))
+                low = [1] * batch if name == "r_max" else t.tolist()
+                macs[name].append(flops.train_step(models[model].state.model.config, low, n))
         if turn >= 0:
             peak.measure()
-            chunks = chunk_batch(configs["iso-compute"], t.tolist())
-            ends = [first for first, *_ in chunks[1:]] + [batch]
-            computed = sum((end - first) * cost[t_first] for (first, t_first, _), end in zip(chunks, ends))
-            excess.append((computed + of_bias) / sum(cost[i] for i in t.tolist()))
         show_progress(f"training, batch {batch}: turn {max(0, turn + 1)} of {repetitions}")
     end_progress()
     against = lambda a, b: statistics.median(x / y for x, y in zip(times[a], times[b]))
-    return {"rows": summary(times, macs, batch, peak), "sorted / masked": against("sorted", "masked"),
-            "masked / r_max": against("masked", "r_max"), "turns": repetitions,
-            "sorted low-rank multiply-adds / need, largest": max(excess)}
+    return {"rows": summary(times, macs, batch, peak), "slices / masked": against("slices", "masked"),
+            "masked / r_max": against("masked", "r_max"), "turns": repetitions, "slices": slices}
 
 
 @torch.no_grad()
 def bench_sampling(configs: dict[str, Config], batch: int, device, dtype, compiled: bool, passes: int, steps: int,
                    peak: Peak) -> dict:
     """Every timestep is a turn; of the `passes` through all of them, each timestep's median counts."""
-    models = {name: awake(config, device).eval() for name, config in configs.items()}
+    models = {name: wake(DiT(config).to(device)).eval() for name, config in configs.items()}
     if compiled:
         for model in models.values():
             model.denoise = torch.compile(model.denoise)
@@ -168,12 +144,12 @@ def bench_sampling(configs: dict[str, Config], batch: int, device, dtype, compil
     y = torch.randint(0, config.num_classes, (batch,), device=device)
     seconds = {name: [[] for _ in visited] for name in models}
     for turn in range(passes + 1):  # the first one warms up
-        eps = {name: guided(model, y, 1.0) for name, model in models.items()}
+        output = {name: guided(model, y, 1.0) for name, model in models.items()}
         for i, t in enumerate(visited if turn else visited[::10]):
             names = list(models)
             for name in names[i % len(names):] + names[:i % len(names)]:
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    spent = timed(lambda: eps[name](x, t), device)
+                    spent = timed(lambda: output[name](x, t), device)
                 if turn:
                     seconds[name][i].append(spent)
         if turn:
@@ -181,7 +157,7 @@ def bench_sampling(configs: dict[str, Config], batch: int, device, dtype, compil
         show_progress(f"sampling, batch {batch}: pass {turn} of {passes}")
     end_progress()
     whole = {name: [sum(statistics.median(each) for each in per_t)] for name, per_t in seconds.items()}
-    macs = {name: [batch * flops.sampling(configs[name], steps) + flops.merging(configs[name])] for name in whole}
+    macs = {name: [batch * flops.sampling(configs[name], steps)] for name in whole}
     ratio = lambda a, b, of: of[a][0] / of[b][0]
     return {"rows": summary(whole, macs, batch, peak), "passes": passes, "steps": steps,
             "iso-param / static": ratio("iso-param", "static", whole),
@@ -200,9 +176,10 @@ def main():
     add("--sampling-steps", type=positive_int, default=100, metavar="N")
     add("--repetitions", type=positive_int, default=15, metavar="N", help="turns of training steps (default 15)")
     add("--passes", type=positive_int, default=5, metavar="N", help="passes through the sampling steps (default 5)")
+    add("--slices", type=positive_int, default=6, metavar="N", help="of the variant with slices (default 6)")
     add("--only", choices=("training", "sampling"))
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--dtype", choices=("float32", "bfloat16"),
+    add("--dtype", choices=DTYPES,
         help="of the matrix products (default bfloat16 on CUDA, else float32)")
     add("--compile", action="store_true", help="torch.compile the models")
     add("--out", type=Path, metavar="FILE.json", help="also write the figures there")
@@ -212,7 +189,7 @@ def main():
     device = pick_device(args.device)
     if device.type == "mps":
         raise InputError("times on mps are not supported; use --device cpu")
-    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    dtype = pick_dtype(args.dtype, device)
     try:
         full = Config(**PRESETS[args.model], image_size=args.image_size, method="full",
                       rank_multiple=args.rank_multiple)
@@ -220,11 +197,6 @@ def main():
                                     for method in ("static", "iso-compute", "iso-param")}
     except ValueError as error:
         parser.error(str(error))
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # as train.py does
-    else:
-        keep_large_blocks()
-
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     where = f"{name}, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}" + ", compiled" * args.compile
     size, today = f"{args.image_size}x{args.image_size}", time.strftime("%Y-%m-%d")
@@ -234,9 +206,12 @@ def main():
     formats = {"variant": "", "seconds": ".4f", "images/s": ".1f", "time / full": ".3f", "multiply-adds / full": ".3f",
                "of peak": ".1%"}
     jobs = [("training", b) for b in args.batch_size] + [("sampling", args.sampling_batch)]
-    for what, batch in itertools.filterfalse(lambda job: args.only not in (None, job[0]), jobs):
+    for what, batch in jobs:
+        if args.only not in (None, what):
+            continue
         if what == "training":
-            found = bench_training(configs, batch, device, dtype, args.compile, args.repetitions, peak)
+            found = bench_training(configs, batch, device, dtype, args.compile, args.repetitions,
+                                   args.slices, peak)
             print(f"\nA training step of {batch}, medians of {args.repetitions} turns\n")
         else:
             found = bench_sampling(configs, batch, device, dtype, args.compile, args.passes, args.sampling_steps, peak)
