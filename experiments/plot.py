@@ -163,7 +163,7 @@ def line_chart(curves: Mapping[str, Sequence], title: str, x_label: str, y_label
 
     curves: {name: (xs, ys)} or {name: (xs, ys, spread)}, one-dimensional and equally long, drawn in the order of
             xs as given; spread is shown as ys +- spread. A missing value leaves a gap, and so does one that is
-            not positive on a log axis.
+            not positive on a log axis. A curve named "" is not in the legend.
     shade:  spread as a band (True) or as error bars (False); None: a band if the curve has more than 12 points
     lines:  False leaves the points unjoined
     """
@@ -179,7 +179,7 @@ def line_chart(curves: Mapping[str, Sequence], title: str, x_label: str, y_label
     y_ticks = nice_ticks(np.concatenate([y for _, *ys in data.values() for y in ys]), log_y, 5)
 
     legend, right, row = {}, WIDTH, -1  # name -> where its line begins; as many names in a row as fit
-    for name in data:
+    for name in filter(None, data):
         width = min(46 + _font(TEXT * SCALE).getlength(name) / SCALE, RIGHT - 10)
         if right + width > RIGHT + 10:
             right, row = 20, row + 1
@@ -236,6 +236,8 @@ def line_chart(curves: Mapping[str, Sequence], title: str, x_label: str, y_label
                         _marker(image, x[k], y[k], 1.3 * marker, "white")
                     _marker(image, x[k], y[k], marker, colour)
                     last = x[k]
+        if not name:
+            continue
         left, y = legend[name]
         if lines:
             _line(image, [(left, y), (left + 36, y)], colour, 2.5)
