@@ -1,12 +1,12 @@
 """Multiply-adds and parameters from shapes alone.
 
 NA-LR Eq. (6). No model is built and no GPU is asked: every figure follows from `linear_layers` (model.py) and
-Phi(t) (schedule.py). We count every matrix product, attention's two included, and nothing elementwise, which is
-half of what torch.utils.flop_counter reports. Read model.py before, sample.py or train.py after.
+Phi(t) (schedule.py). We count every matrix product, attention's two included, and nothing elementwise, which
+is half of what torch.utils.flop_counter reports. Read model.py before, sample.py or train.py after.
 
-    python flops.py                            the default model: forward, sampling, training, a chart
-    python flops.py --model DiT-S/2 --method iso-param --keep 0.75
-    python flops.py --paper                    every published figure beside ours (experiments/paper_tables.py)
+    python flops.py                            the default model: forward, sampling, training, a chart python
+    flops.py --model DiT-S/2 --method iso-param --keep 0.75 python flops.py --paper                    every
+    published figure beside ours (experiments/paper_tables.py)
 """
 
 import functools
@@ -29,9 +29,9 @@ from script import Parser, add_flags, positive_int, run_script
 
 
 class Product(NamedTuple):
-    """A matrix product of the forward pass: which layer's, its multiply-adds for one image, and how many products
-    of this size forward and backward make together. The backward pass has two, the gradients of the weight
-    and of the input; only one where the input is data."""
+    """A matrix product of the forward pass: which layer's, its multiply-adds for one image, and how many
+    products of this size forward and backward make together. The backward pass has two, the gradients of the
+    weight and of the input; only one where the input is data."""
     layer: str
     size: int
     in_training: int
@@ -91,16 +91,16 @@ def sampling(config: Config, steps: int = 100, guidance: bool = False) -> int:
 
 
 def penalty_step(config: Config, t_low: int = 1) -> int:
-    """Multiply-adds of `lowrank.orthogonality_penalty` over the Phi(t_low) channels: for each factor (k, m) the
-    Gram matrix costs k k m, and the gradient two such products."""
+    """Multiply-adds of `lowrank.orthogonality_penalty` over the Phi(t_low) channels: for each factor (k, m)
+    the Gram matrix costs k k m, and the gradient two such products."""
     k = channels(config, t_low)
     return sum(3 * k[layer.rank] ** 2 * (layer.n + layer.m) for layer in linear_layers(config) if layer.rank)
 
 
 def train_step(config: Config, t: list[int], slices: int = 1, t_low: int = 1, penalty: bool = True,
                processes: int = 1) -> int:
-    """Multiply-adds of a training step on the timesteps t, ascending. Every slice computes for all its samples
-    the channels that its first one needs; masks inside it save nothing.
+    """Multiply-adds of a training step on the timesteps t, ascending. Every slice computes for all its
+    samples the channels that its first one needs; masks inside it save nothing.
 
     t_low: the lowest timestep of the curriculum's stage, for the penalty
     processes: they share the batch out in turns; each cuts slices of its own and computes the penalty
@@ -115,12 +115,11 @@ def train_step(config: Config, t: list[int], slices: int = 1, t_low: int = 1, pe
 
 def training_run(config: Config, steps: int, batch_size: int, stages: list[tuple[int, int]] = (),
                  penalty: bool = True, slices: int = 1) -> int:
-    """Multiply-adds of a run of `steps` steps, each counted by a typical batch, whose timesteps are the middles of
-    `batch_size` equal strata; random batches cost a little more or less.
+    """Multiply-adds of a run of `steps` steps, each counted by a typical batch, whose timesteps are the
+    middles of `batch_size` equal strata; random batches cost a little more or less.
 
-    stages: (number of steps, t_low) of each curriculum stage; the steps that no stage takes have t_low = 1, as
-    the whole run has without a curriculum. Raises ValueError when the stages take more than `steps`.
-    """
+    stages: (number of steps, t_low) of each curriculum stage; the steps that no stage takes have t_low = 1,
+    as the whole run has without a curriculum. Raises ValueError when the stages take more than `steps`. """
     rest = steps - sum(n for n, _ in stages)
     if rest < 0:
         raise ValueError(f"the curriculum's stages take {steps - rest} steps of a run of {steps}")
@@ -193,7 +192,8 @@ CHART_T = [*range(T, 0, -T // 20), 1]
 
 
 def chart(config: Config) -> list[str]:
-    """Lines over t: the active channels of the layer of the largest rank, and the multiply-adds of a forward pass."""
+    """Lines over t: the active channels of the layer of the largest rank, and the multiply-adds of a forward
+    pass."""
     full = sum(p.size for p in products(config))
     if config.rank_schedule() is None:
         return [f"every t costs the same: {amount(full)} multiply-adds a forward pass"]

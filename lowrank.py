@@ -18,8 +18,8 @@ import torch.nn.functional as F
 
 
 class Channels(NamedTuple):
-    """The first k rank channels are computed, Eq. (5). In a batch whose samples differ, `mask` (B, k), 0 or 1,
-    says which of them each sample uses, Eq. (4)."""
+    """The first k rank channels are computed, Eq. (5). In a batch whose samples differ, `mask` (B, k), 0 or
+    1, says which of them each sample uses, Eq. (4)."""
     k: int
     mask: torch.Tensor | None = None
 

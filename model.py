@@ -305,15 +305,15 @@ def parameter_count(config: Config) -> int:
 
 
 def preset_config(model: str, given: dict, **facts) -> Config:
-    """The preset, overlaid with `facts` (image_size, channels, num_classes of the data), overlaid with those of
-    the given flags that are fields of Config. Raises ValueError as `Config` does."""
+    """The preset, overlaid with `facts` (image_size, channels, num_classes of the data), overlaid with those
+    of the given flags that are fields of Config. Raises ValueError as `Config` does."""
     names = {f.name for f in fields(Config)}
     return Config(**(PRESETS[model] | facts | {name: value for name, value in given.items() if name in names}))
 
 
 def summary(config: Config) -> str:
-    """Method and parameters, and a line per distinct layer shape: its rank, with a warning where low rank costs more
-    than dense."""
+    """Method and parameters, and a line per distinct layer shape: its rank, with a warning where low rank
+    costs more than dense."""
     full = parameter_count(replace(config, method="full"))
     text = config.method + ("" if config.method == "full" else f" keep {config.keep:g}")
     text += f", predicts {config.predict}: {parameter_count(config):,} parameters (full rank {full:,})"

@@ -32,8 +32,8 @@ Predictor = Callable[[torch.Tensor, int], torch.Tensor]  # (x, t) -> eps, or wha
 
 
 def guided(model: DiT, y: torch.Tensor | None, guidance: float) -> Predictor:
-    """The model's answer with classifier-free guidance (Ho and Salimans 2022): out_u + w (out_c - out_u). Whatever
-    the model predicts is linear in eps at a given x, so this is their formula for eps.
+    """The model's answer with classifier-free guidance (Ho and Salimans 2022): out_u + w (out_c - out_u).
+    Whatever the model predicts is linear in eps at a given x, so this is their formula for eps.
 
     y: int64 (B,), or None for "no class". The two halves run as one batch, sliced to Phi(t). Where they
     would be the same, or one has weight zero (w = 0, w = 1, no classes), only one half is computed.
@@ -60,12 +60,11 @@ def guided(model: DiT, y: torch.Tensor | None, guidance: float) -> Predictor:
 
 
 def denoiser(model: DiT | Predictor, y: torch.Tensor | None, guidance: float, clip: bool):
-    """(x, t) -> (x_0, eps), as the model sees them in x. Without a detour over eps in float32, which at t = T would
-    cost x_0 four digits. model: a DiT, used with labels y and guidance, or any callable eps(x, t).
+    """(x, t) -> (x_0, eps), as the model sees them in x. Without a detour over eps in float32, which at t = T
+    would cost x_0 four digits. model: a DiT, used with labels y and guidance, or any callable eps(x, t).
 
-    clip: x_0 is clipped to [-1, 1] and eps made to fit it: of a model that predicts eps, errors near t = T are
-    amplified hundreds of times. A model of v or x_0 does not need it there.
-    """
+    clip: x_0 is clipped to [-1, 1] and eps made to fit it: of a model that predicts eps, errors near t = T
+    are amplified hundreds of times. A model of v or x_0 does not need it there. """
     is_dit = isinstance(model, DiT)
     output, predict = (guided(model, y, guidance), model.config.predict) if is_dit else (model, "eps")
     alpha_bar = NoiseSchedule().alpha_bar.tolist()  # Python floats: float64

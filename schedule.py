@@ -69,8 +69,8 @@ def predicted_x_0_and_eps(predict: str, output: torch.Tensor, x_t: torch.Tensor,
     """The way back: (x_0, eps) from the model's answer to x_t, two linear equations in two unknowns.
 
     Of a model that predicts eps, x_0 is a division by the signal, which at t = T is 1/20,290 of the noise: an
-    error is multiplied by that much, and a sampler has to clip. With v and x_0 it is not, and nothing has to be.
-    """
+    error is multiplied by that much, and a sampler has to clip. With v and x_0 it is not, and nothing has to
+    be. """
     c_x, c_eps = target_coefficients(predict, signal, noise)
     determinant = signal * c_eps - noise * c_x  # eps: signal, v: 1, x_0: -noise
     return (c_eps * x_t - noise * output) / determinant, (signal * output - c_x * x_t) / determinant
@@ -78,7 +78,8 @@ def predicted_x_0_and_eps(predict: str, output: torch.Tensor, x_t: torch.Tensor,
 
 def eps_loss_factor(predict: str, schedule: NoiseSchedule) -> torch.Tensor:
     """The squared error of eps for one unit of that of the output, at the same x_t: 1 for eps, ab for v, SNR
-    for x_0. float64 (T + 1,). Reported losses are those of eps, whatever is predicted, so that runs compare."""
+    for x_0. float64 (T + 1,). Reported losses are those of eps, whatever is predicted, so that runs
+    compare."""
     signal, noise = schedule.alpha_bar.sqrt(), (1 - schedule.alpha_bar).sqrt()
     c_x, c_eps = target_coefficients(predict, signal, noise)
     return (signal / (signal * c_eps - noise * c_x)) ** 2
@@ -208,9 +209,9 @@ def no_weight(schedule: NoiseSchedule, predict: str) -> torch.Tensor:
 
 
 def erd_weight(schedule: NoiseSchedule, predict: str) -> torch.Tensor:
-    """ERD: sqrt((c_x alpha)^2 + (c_eps sigma)^2) for the target c_x x_0 + c_eps eps: sigma for eps, alpha for x_0,
-    sqrt(2) alpha sigma for v. The rule is derived for uniform log-SNR; like its authors' discrete runs we use
-    it as it is with uniform t."""
+    """ERD: sqrt((c_x alpha)^2 + (c_eps sigma)^2) for the target c_x x_0 + c_eps eps: sigma for eps, alpha for
+    x_0, sqrt(2) alpha sigma for v. The rule is derived for uniform log-SNR; like its authors' discrete runs
+    we use it as it is with uniform t."""
     signal, noise = schedule.alpha_bar.sqrt(), (1 - schedule.alpha_bar).sqrt()
     c_x, c_eps = target_coefficients(predict, signal, noise)
     return ((c_x * signal) ** 2 + (c_eps * noise) ** 2) ** 0.5

@@ -82,8 +82,8 @@ def setting(default, help: str = "", low=-math.inf, high=math.inf, above=-math.i
             choices: Iterable | None = None, metavar: str | None = None) -> Any:
     """A dataclass field of type int, float, bool or str, or of one of these or None.
 
-    low, high: the smallest and the largest value; above: larger than this. A field without `help` gets no flag.
-    """
+    low, high: the smallest and the largest value; above: larger than this. A field without `help` gets no
+    flag. """
     choices = tuple(choices) if choices is not None else None
     return field(default=default, metadata=dict(help=help, low=low, high=high, above=above, choices=choices,
                                                 metavar=metavar))
@@ -106,8 +106,8 @@ def _number(text: str, kind: type):
 
 
 def add_flags(parser, dataclass, only: tuple[str, ...] | None = None) -> None:
-    """A flag for every field that has a help text, or for those named. What is not given stays None, so that it
-    can be told from a default. parser: or a group of one."""
+    """A flag for every field that has a help text, or for those named. What is not given stays None, so that
+    it can be told from a default. parser: or a group of one."""
     for f in fields(dataclass):
         m, kind = f.metadata, _kind(f)
         if not m["help"] or (only and f.name not in only):
@@ -170,8 +170,8 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
 
 
 def _keep_large_blocks() -> None:
-    """On Linux: malloc keeps freed blocks of more than 32 MB. Otherwise it returns them to the kernel, and gets
-    them anew, zeroed page by page, several times in every layer: a tenth of a DiT-S/2 step on a CPU."""
+    """On Linux: malloc keeps freed blocks of more than 32 MB. Otherwise it returns them to the kernel, and
+    gets them anew, zeroed page by page, several times in every layer: a tenth of a DiT-S/2 step on a CPU."""
     with contextlib.suppress(OSError, AttributeError):  # another C library does as it likes
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-3, 2**30), mallopt(-1, 2**31 - 1)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
@@ -207,8 +207,8 @@ class Processes:
 
 
 class Stop:
-    """Ctrl-C, and torchrun's SIGTERM after it, only set `asked`, so that a loop can end in good order; a second
-    Ctrl-C ends at once."""
+    """Ctrl-C, and torchrun's SIGTERM after it, only set `asked`, so that a loop can end in good order; a
+    second Ctrl-C ends at once."""
 
     def __init__(self):
         self.asked = False
@@ -298,8 +298,8 @@ def numbered_folder(parent: Path, name: str) -> Path:
 
 
 def claim_folder(folder: Path) -> None:
-    """Makes the folder, removes what a kill has left half written, and locks it as long as this process lives.
-    Raises InputError if another process writes to it."""
+    """Makes the folder, removes what a kill has left half written, and locks it as long as this process
+    lives. Raises InputError if another process writes to it."""
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(ImportError):  # Windows: nothing keeps two apart there
         import fcntl

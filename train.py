@@ -33,9 +33,10 @@ from lowrank import orthogonality_penalty
 from model import PRESETS, SIZES, Config, DiT, preset_config, summary
 from sample import draw_images, grid_columns, newest_run, save_grid
 from schedule import WEIGHTINGS, T, NoiseSchedule, add_noise, eps_loss_factor, loss_weight, target
-from script import (DEVICES, DTYPES, InputError, Parser, Processes, Stop, add_flags, check_fields, claim_folder, duration,
-                    end_progress, flag, numbered_folder, one_line, pick_device, pick_dtype, read_checkpoint, run_script,
-                    setting, show_progress, to_device, write_then_rename)
+from script import (DEVICES, DTYPES, InputError, Parser, Processes, Stop, add_flags, check_fields,
+                    claim_folder, duration, end_progress, flag, numbered_folder, one_line, pick_device,
+                    pick_dtype, read_checkpoint, run_script, setting, show_progress, to_device,
+                    write_then_rename)
 
 # ----------------------------------------------------------------------------------------------------
 # Settings. Those of the model are in model.py: Config.
@@ -59,7 +60,7 @@ class Settings:
     orthogonality: float = setting(1e-4, "weight of the orthogonality penalty", low=0)
     curriculum_groups: int | None = setting(None, "timestep groups, 0 = off (default 10 for iso-*, else 0)",
                                             low=0, high=50)  # the rate would be zero with the 51st (C.3.4)
-    curriculum_share: float = setting(0.4, "longest curriculum, as a share of the steps; 1 = no limit", above=0, high=1)
+    curriculum_share: float = setting(0.4, "its longest, as a share of the steps; 1: no limit", above=0, high=1)
     curriculum_alpha: float = setting(0.05, "of the loss's EMA, whose plateau brings a group", low=0, high=1)
     curriculum_sampling: str = setting("progressive", "C.3.3, or all timesteps that are in alike",
                                        choices=("progressive", "uniform"))
@@ -68,24 +69,24 @@ class Settings:
                              choices=("uniform", "stratified", "speed", "speed-stratified"))
     weighting: str = setting("none", "of the loss along t, with mean 1", choices=WEIGHTINGS)
     seed: int = setting(0, "of weights, data order, noise, timesteps and drawn shapes", low=0, high=2**31)
-    slices: int | None = setting(None, "parts of a batch that each compute only the channels they need: the "
-                                 "same result, fewer products; 1: masks (default 6 for DiT-* on a CPU, else 1)", low=1)
+    slices: int | None = setting(None, "parts of a batch that compute only the channels they need; same "
+                                 "result as 1, plain masking (default 6 for DiT-* on a CPU, else 1)", low=1)
     device: str = setting("auto", "where to train", choices=DEVICES)
     dtype: str | None = setting(None, "of matrix products (default bfloat16 on CUDA)", choices=DTYPES)
     compile: bool = setting(False, "torch.compile the model")
-    log_every: int = setting(50, "steps per line of metrics.jsonl; the curriculum reads its losses then", low=1)
+    log_every: int = setting(50, "steps per line of metrics.jsonl; the curriculum reads then", low=1)
     save_every: int = setting(5000, "steps per state.pt and model.pt", low=1)
     sample_every: int = setting(20_000, "steps per sample grid; 0: none, not even at the end", low=0)
     guidance: float = setting(2.0, "guidance scale of this run's samples", metavar="W")
 
 
-TINY = dict(steps=2000, batch_size=64, lr=2e-3, warmup=100, ema_decay=0.998, curriculum_share=0.2, log_every=20,
-            save_every=500)
+TINY = dict(steps=2000, batch_size=64, lr=2e-3, warmup=100, ema_decay=0.998, curriculum_share=0.2,
+            log_every=20, save_every=500)
 
-# What a resumed run may be told anew; everything else would make it another run. (That a dataset which has moved
-# still holds the same images and classes is checked.)
-MAY_CHANGE = {"dataset", "data_dir", "steps", "lr", "device", "dtype", "compile", "save_every", "sample_every",
-              "guidance", "slices"}
+# What a resumed run may be told anew; everything else would make it another run. (That a dataset which has
+# moved still holds the same images and classes is checked.)
+MAY_CHANGE = {"dataset", "data_dir", "steps", "lr", "device", "dtype", "compile", "save_every", "guidance",
+              "sample_every", "slices"}
 
 
 def choose_settings(given: dict) -> Settings:
@@ -113,7 +114,6 @@ def learning_rate(step: int, start: int, stage: int, s: Settings) -> float:
 # ----------------------------------------------------------------------------------------------------
 # One training step
 
-
 NOISE = NoiseSchedule()
 LOSS_GROUPS = cluster_timesteps(NOISE.log_snr, 5)  # first timesteps of the groups of `loss_by_group`, B.1
 
@@ -126,10 +126,10 @@ class Batch(NamedTuple):
     t: torch.Tensor  # (B,) on the CPU: ranks are chosen there, and no device has to be asked
 
 
-def draw_batch(dataset: Dataset, state: "State", s: Settings, mine: slice = slice(None)) -> tuple[Batch, torch.Tensor]:
-    """The next batch, of which this process takes `mine`, and the t of all of it. Images come in random order, so
-    that of t is free; sorted, samples of similar rank lie side by side."""
-    config, device, rng = state.model.config, dataset.images.device, state.device_rng
+def draw_batch(dataset: Dataset, state: "State", s: Settings, mine: slice = slice(None)):
+    """The next Batch, of which this process takes `mine`, and the t of all of it. Images come in random
+    order, so that of t is free; sorted, samples of similar rank lie side by side."""
+    none, device, rng = state.model.config.num_classes, dataset.images.device, state.device_rng
     index = batch_indices(len(dataset.images), state.step, s.batch_size, s.seed, device)
     x_0, y = dataset.images[index], dataset.labels[index]
     if s.flip:
@@ -137,17 +137,17 @@ def draw_batch(dataset: Dataset, state: "State", s: Settings, mine: slice = slic
         x_0 = torch.where(flipped, x_0.flip(3), x_0)
     if dataset.classes:
         dropped = torch.rand(len(y), device=device, generator=rng) < s.label_dropout
-        y = torch.where(dropped, config.num_classes, y)
+        y = torch.where(dropped, none, y)
     else:
-        y = torch.full_like(y, config.num_classes)
+        y = torch.full_like(y, none)
     eps = torch.randn(x_0.shape, device=device, generator=rng)
     t = state.curriculum.sample(s.batch_size, state.host_rng, s.timesteps.endswith("stratified"))
     return Batch(to_unit(x_0[mine]), y[mine], eps[mine], t[mine]), t
 
 
 def denoising_loss(net, model: DiT, batch: Batch, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The squared error of what the model predicts, mean over pixels: float32 (B,), unweighted. `net` is the model,
-    or what runs it (compiled, in parallel)."""
+    """The squared error of what the model predicts, mean over pixels: float32 (B,), unweighted.
+    net: the model, or what runs it (compiled, in parallel)."""
     device, predict = batch.x_0.device, model.config.predict
     signal, noise = (to_device(a, device) for a in NOISE.coefficients(batch.t))
     x_t = add_noise(batch.x_0, batch.eps, signal, noise)
@@ -161,12 +161,12 @@ def train_step(net, state: "State", batch: Batch, s: Settings, slices: int = 1,
                dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """One step of AdamW on a batch; returns its denoising losses (B,), unweighted.
 
-    The batch is cut into slices, and each is an ordinary masked pass, NA-LR Eq. (4), which computes only the channels
-    that its neediest sample uses, Eq. (5). Gradients accumulate to those of the whole batch; one slice is the
-    paper's masking.
+    The batch is cut into slices, and each is an ordinary masked pass, NA-LR Eq. (4), which computes only the
+    channels that its neediest sample uses, Eq. (5). Gradients accumulate to those of the whole batch; one
+    slice is the paper's masking.
     """
-    model, t_low = state.model, state.curriculum.t_low
-    weight = loss_weight(s.weighting, NOISE, model.config.predict, state.curriculum.probabilities())  # (T + 1,)
+    model, probabilities = state.model, state.curriculum.probabilities()
+    weight = loss_weight(s.weighting, NOISE, model.config.predict, probabilities).float()  # (T + 1,)
     parts = [Batch(*part) for part in zip(*(x.tensor_split(min(slices, len(batch.t))) for x in batch))]
     losses = []
     for part in parts:
@@ -174,10 +174,10 @@ def train_step(net, state: "State", batch: Batch, s: Settings, slices: int = 1,
         # several processes average their gradients once a step, with the last slice
         with contextlib.nullcontext() if is_last or not hasattr(net, "no_sync") else net.no_sync():
             sample_loss = denoising_loss(net, model, part, dtype)  # (B of the slice,)
-            weights = to_device(weight[part.t].float(), sample_loss.device)
-            loss = (weights * sample_loss).sum() / len(batch.t)
+            loss = (to_device(weight[part.t], sample_loss.device) * sample_loss).sum() / len(batch.t)
             if is_last and s.orthogonality > 0 and model.ranks:
-                loss = loss + s.orthogonality * orthogonality_penalty(model, model.active(t_low))
+                active = model.active(state.curriculum.t_low)
+                loss = loss + s.orthogonality * orthogonality_penalty(model, active)
             loss.backward()
         losses.append(sample_loss.detach())
     state.optimizer.step()
@@ -205,20 +205,19 @@ def main(argv: list[str] | None = None) -> None:
         if number == processes.number:
             source = open_source(s.dataset, s.data_dir, image_size=s.image_size, seed=s.seed)
             config = choose_config(source, s, given, saved, processes)
-            dataset = decode(source, s.data_dir)
+            dataset = decode(source, s.data_dir).to(device)
         processes.gather(None)
     state = State(s, config, device)
     if saved and (folder / "state.pt").exists():
         load(folder / "state.pt", s, state, processes)
-    folder = start_folder(folder, s, state, dataset, processes)
-    print_summary(folder, s, given, state, dataset, processes, dtype)
-    dataset = dataset.to(device)
+    run = Run(start_folder(folder, s, state, dataset, processes), s, state, dataset, processes)
+    print_summary(run, given, dtype)
     net = torch.compile(state.model) if s.compile else state.model
     if processes.count > 1:  # averages the gradients; all weights are alike from the start
         net = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
     slices = s.slices or (6 if s.model != "tiny" and device.type == "cpu" else 1)
     mine = slice(processes.number, None, processes.count)  # with t ascending, as much work as the others'
-    log, stop, stopping = Log(folder, s, state, processes), Stop(), False
+    log, stop, stopping = Log(run), Stop(), False
 
     while state.step < s.steps and not stopping:
         if state.curriculum.advance(state.step) and s.restart:
@@ -231,8 +230,8 @@ def main(argv: list[str] | None = None) -> None:
         state.losses.append(train_step(net, state, batch, s, slices, dtype))
         state.timesteps.append(t)
         update_ema(state, s)
-        state.spent += flops.train_step(config, t.tolist(), slices, state.curriculum.t_low, s.orthogonality > 0,
-                                        processes.count)
+        state.spent += flops.train_step(config, t.tolist(), slices, state.curriculum.t_low,
+                                        s.orthogonality > 0, processes.count)
         state.step += 1
 
         if len(state.losses) == s.log_every or state.step == s.steps:
@@ -240,19 +239,15 @@ def main(argv: list[str] | None = None) -> None:
         if processes.count == 1 or not state.losses:  # several agree on it when they have talked anyway
             stopping = any(processes.gather(stop.asked))
         if state.step % s.save_every == 0 or state.step == s.steps or stopping:
-            save(folder, s, state, dataset, processes)
+            save(run)
         due = s.sample_every and state.step % s.sample_every == 0 and state.step < s.steps
         if due and state.curriculum.t_low == 1:  # a picture takes all timesteps
-            save_samples(folder, f"step_{state.step:07d}.png", s, state, dataset, processes)
+            save_samples(run, f"step_{state.step:07d}.png")
         if not state.losses:  # images per second are counted from after what was saved and drawn
             log.clock = time.time()
 
     stop.restore_handlers()
-    end_progress()
-    if state.step < s.steps:
-        print(f"stopped after step {state.step}; go on with: python train.py --resume --out {folder}", file=sys.stderr)
-        sys.exit(130)
-    print_end(folder, s, state, dataset, processes, log)
+    print_end(run, log.begin)
 
 
 # ====================================================================================================
@@ -278,18 +273,19 @@ class State:
         self.losses, self.timesteps = [], []  # since the last line: (B,) of this process; (B,) of all
 
     def all_losses(self, processes: Processes) -> torch.Tensor:
-        """Of whole batches since the last line, (steps, B) on the CPU: the one thing that waits for the device."""
+        """Of whole batches since the last line, (steps, B) on the CPU; only this awaits the device."""
         mine = torch.stack(self.losses).cpu() if self.losses else torch.zeros(0, 0)
         return torch.stack(processes.gather(mine), dim=2).flatten(1)
 
     def state_dict(self) -> dict:
         parts = {name: part.state_dict() for name, part in vars(self).items() if hasattr(part, "state_dict")}
-        return vars(self) | parts | {name: getattr(self, name).get_state() for name in ("host_rng", "device_rng")}
+        generators = {name: getattr(self, name).get_state() for name in ("host_rng", "device_rng")}
+        return vars(self) | parts | generators
 
     def load_state_dict(self, saved: dict, processes: Processes) -> None:
         """saved: with the losses of all processes. Any exception means that it does not fit."""
         for theirs, own in zip(saved["optimizer"]["param_groups"], self.optimizer.param_groups):
-            theirs["fused"] = own["fused"]  # a state from another device is then moved to where this one needs it
+            theirs["fused"] = own["fused"]  # or a state from another device would not be moved
         for name, part in vars(self).items():
             if hasattr(part, "load_state_dict"):
                 part.load_state_dict(saved[name])
@@ -304,19 +300,35 @@ class State:
             print(f"resumed on {processes.device.type}, not {saved['device']}: the noise to come is another")
 
 
-def save(folder: Path, s: Settings, state: State, dataset: Dataset, processes: Processes) -> None:
+class Run(NamedTuple):
+    """What saving and printing need to know."""
+    folder: Path
+    s: Settings
+    state: State
+    dataset: Dataset
+    processes: Processes
+
+    @property
+    def masked_cost(self) -> int:
+        """Multiply-adds of a step without slices or a curriculum."""
+        t, penalty = [1] * self.s.batch_size, self.s.orthogonality > 0
+        return flops.train_step(self.state.model.config, t, 1, 1, penalty, self.processes.count)
+
+
+def save(run: Run) -> None:
     """Writes model.pt and state.pt. Raises InputError instead if a number in them is not finite."""
-    losses, norms = state.all_losses(processes), torch._foreach_norm(list(state.model.parameters()))
-    check_finite(torch.cat([torch.stack(norms).cpu(), losses.flatten()]), folder, s, state)
-    if processes.number:
+    state, losses = run.state, run.state.all_losses(run.processes)
+    norms = torch.stack(torch._foreach_norm(list(state.model.parameters()))).cpu()
+    check_finite(run, torch.cat([norms, losses.flatten()]))
+    if run.processes.number:
         return
-    final = dict(config=asdict(state.model.config), model=state.ema.state_dict(), classes=dataset.classes,
-                 guidance=s.guidance, step=state.step)
-    write_then_rename(folder / "model.pt", lambda file: torch.save(final, file))
+    final = dict(config=asdict(state.model.config), model=state.ema.state_dict(), classes=run.dataset.classes,
+                 guidance=run.s.guidance, step=state.step)
+    write_then_rename(run.folder / "model.pt", lambda file: torch.save(final, file))
     # last: a kill between the two is made good when the run goes on from the older state
-    everything = state.state_dict() | dict(losses=list(losses), settings=fixed_settings(s),
-                                           device=processes.device.type)
-    write_then_rename(folder / "state.pt", lambda file: torch.save(everything, file))
+    everything = state.state_dict() | dict(losses=list(losses), settings=fixed_settings(run.s),
+                                           device=run.processes.device.type)
+    write_then_rename(run.folder / "state.pt", lambda file: torch.save(everything, file))
 
 
 def load(path: Path, s: Settings, state: State, processes: Processes) -> None:
@@ -329,20 +341,19 @@ def load(path: Path, s: Settings, state: State, processes: Processes) -> None:
     except Exception as error:  # a damaged file can fail in any way
         raise InputError(f"{path} does not fit config.json: {one_line(error)}") from None
     if state.step > s.steps:
-        raise InputError(f"{path.parent} has already trained {state.step} steps; --steps {s.steps} cannot take "
-                         "any back")
+        raise InputError(f"{path} has already trained {state.step} steps; --steps {s.steps} takes none back")
 
 
 def fixed_settings(s: Settings) -> dict:
     return {name: value for name, value in asdict(s).items() if name not in MAY_CHANGE}
 
 
-def check_finite(values: torch.Tensor, folder: Path, s: Settings, state: State) -> None:
+def check_finite(run: Run, values: torch.Tensor) -> None:
     if not values.isfinite().all():
         end_progress()
-        kept = "keeps its last good state" if (folder / "state.pt").exists() else "holds no state yet"
-        raise InputError(f"the loss stopped being finite before step {state.step}; {folder} {kept}: "
-                         f"try --resume --out {folder} --lr {s.lr / 2:g}")
+        kept = "keeps its last good state" if (run.folder / "state.pt").exists() else "holds no state yet"
+        raise InputError(f"the loss stopped being finite before step {run.state.step}; {run.folder} {kept}: "
+                         f"try --resume --out {run.folder} --lr {run.s.lr / 2:g}")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -361,12 +372,11 @@ def read_command_line(argv: list[str] | None):
     args = parser.parse_args(argv)
     given = {k: v for k, v in vars(args).items() if v is not None and k not in ("out", "resume")}
     folder = newest_run(file="config.json") if args.resume and not args.out else args.out
-    if not args.resume:
-        if folder and folder.exists() and not (folder.is_dir() and not (folder / "config.json").exists()):
-            raise InputError(f"{folder} already holds a run; add --resume to go on with it, or choose another --out")
-        return folder, choose_settings(given), given, None
-    if not (folder / "config.json").exists():
-        print(f"nothing to resume in {folder} yet: starting")  # so a job can be queued again by the same command
+    if not args.resume and folder and (folder.is_file() or (folder / "config.json").exists()):
+        raise InputError(f"{folder} already holds a run; go on with it by --resume, or choose another --out")
+    if args.resume and not given and not folder.exists():
+        raise InputError(f"--resume: {folder} does not exist; name the folder of a run")
+    if not args.resume or not (folder / "config.json").exists():  # a job killed early goes on by the same command
         return folder, choose_settings(given), given, None
     config, s, saved = read_config(folder)
     known = asdict(s) | asdict(config)
@@ -386,8 +396,7 @@ def read_config(folder: Path) -> tuple[Config, Settings, dict]:
     try:
         saved = json.loads(path.read_bytes())
         if "rank_execution" in saved["train"]:
-            raise ValueError("an older version wrote rank_execution: delete that line, --slices N does what sorted "
-                             "did")
+            raise ValueError("of an older version; delete the line rank_execution, --slices N does that now")
         config, s = Config(**saved["model"]), Settings(**saved["train"])
         check_fields(s)
         saved["n_images"], saved["classes"]
@@ -396,27 +405,27 @@ def read_config(folder: Path) -> tuple[Config, Settings, dict]:
     return config, s, saved
 
 
-def choose_config(source: Source, s: Settings, given: dict, saved: dict | None, processes: Processes) -> Config:
+def choose_config(source: Source, s: Settings, given: dict, saved: dict | None, processes) -> Config:
     """The model for these images, or that of the resumed run. Raises InputError where things do not fit."""
-    (height, width), classes = source.read(0, 1).shape[2:], source.classes
+    (height, width), classes, name = source.read(0, 1).shape[2:], source.classes, source.name
     if height != width:
-        raise InputError(f"{source.name} has images of {width}x{height}; --image-size N crops them to squares")
+        raise InputError(f"{name} has images of {width}x{height}; --image-size N crops them to squares")
     if s.batch_size % processes.count:
-        raise InputError(f"--batch-size {s.batch_size} is shared equally; give a multiple of {processes.count}")
+        raise InputError(f"--batch-size {s.batch_size} must be a multiple of the {processes.count} processes")
     if saved and (saved["n_images"], saved["classes"]) != (len(source), classes):
-        raise InputError(f"{source.name} has {len(source)} images of {len(classes)} classes; the run was trained on "
+        raise InputError(f"{name} has {len(source)} images of {len(classes)} classes; the run was trained on "
                          "others, and to go on they must be the same")
     given = given | {"image_size": height}
     config = Config(**saved["model"]) if saved else preset_config(s.model, given, num_classes=len(classes))
     if config.num_classes < len(classes) or config.image_size != height:
-        raise InputError(f"{source.name} has {len(classes)} classes of {height}x{width} images, the model "
+        raise InputError(f"{name} has {len(classes)} classes of {height}x{width} images, the model "
                          f"{config.num_classes} classes of {config.image_size}x{config.image_size}")
     return config
 
 
-def start_folder(folder: Path | None, s: Settings, state: State, dataset: Dataset, processes: Processes) -> Path:
-    """Makes the run folder. Everything that can be wrong has been checked: only now is anything written, and by
-    process 0 alone."""
+def start_folder(folder: Path | None, s: Settings, state: State, dataset: Dataset, processes) -> Path:
+    """Makes the run folder. Everything that can be wrong has been checked: only now is anything written, and
+    by process 0 alone."""
     if folder is None:
         name = f"{Path(s.dataset).stem}-{s.model.replace('/', '-')}-{state.model.config.method}"
         folder = processes.gather(numbered_folder(Path("runs"), name))[0]
@@ -439,79 +448,79 @@ def start_folder(folder: Path | None, s: Settings, state: State, dataset: Datase
 class Log:
     """Lines of metrics.jsonl, and of progress."""
 
-    def __init__(self, folder: Path, s: Settings, state: State, processes: Processes):
-        self.folder, self.s, self.state, self.processes = folder, s, state, processes
-        self.begin, self.begin_step, self.clock = time.time(), state.step, time.time()
+    def __init__(self, run: Run):
+        self.run, self.begin, self.begin_step, self.clock = run, time.time(), run.state.step, time.time()
+        self.eps_factor = eps_loss_factor(run.state.model.config.predict, NOISE)
 
     def write(self, lr: float) -> None:
         """A line on the steps since the last one; the curriculum sees their losses."""
-        s, state, curriculum, config = self.s, self.state, self.state.curriculum, self.state.model.config
-        losses, t = state.all_losses(self.processes).double(), torch.stack(state.timesteps)  # (steps, B)
-        check_finite(losses, self.folder, s, state)
+        (folder, s, state, _, processes), curriculum = self.run, self.run.state.curriculum
+        losses, t = state.all_losses(processes).double(), torch.stack(state.timesteps)  # (steps, B)
+        check_finite(self.run, losses)
         curriculum.observe(state.step - len(losses), losses.mean(1).tolist())
-        losses = losses * eps_loss_factor(config.predict, NOISE)[t]  # reported losses are those of eps
+        losses = losses * self.eps_factor[t]  # reported losses are those of eps
         group = np.searchsorted(LOSS_GROUPS, t.flatten().numpy(), side="right") - 1
-        sums = np.bincount(group, losses.flatten().numpy(), len(LOSS_GROUPS))
-        counts = np.bincount(group, minlength=len(LOSS_GROUPS))
-        now, k = time.time(), max(flops.channels(config, curriculum.t_low).values(), default=None)
-        done = state.step - self.begin_step  # in this call
-        rate = min(done, len(losses)) * s.batch_size / (now - self.clock)
+        sums, counts = (np.bincount(group, w, len(LOSS_GROUPS)) for w in (losses.flatten().numpy(), None))
+        k = max(flops.channels(state.model.config, curriculum.t_low).values(), default=None)
+        now, done = time.time(), state.step - self.begin_step
+        rate, left = min(done, len(losses)) * s.batch_size / (now - self.clock), s.steps - state.step
         line = dict(step=state.step, loss=losses.mean().item(),
                     loss_by_group=[float(a / n) if n else None for a, n in zip(sums, counts)], lr=lr,
-                    stage=curriculum.stage, t_low=curriculum.t_low, t_high=T, active_rank=k, images_per_s=rate,
-                    flops=state.spent)
-        if self.processes.number == 0:
-            with open(self.folder / "metrics.jsonl", "a") as file:
+                    stage=curriculum.stage, t_low=curriculum.t_low, t_high=T, active_rank=k,
+                    images_per_s=rate, flops=state.spent)
+        if processes.number == 0:
+            with open(folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
-        left = (now - self.begin) / done * (s.steps - state.step)
         show_progress(f"step {state.step}/{s.steps}, loss {line['loss']:.4f}, lr {lr:.1e}, "
-                      f"stage {curriculum.stage + 1}/{len(curriculum.starts)}, "
-                      f"{'' if k is None else f'rank {k}, '}{rate:.0f} images/s, {duration(left)} left")
+                      f"stage {curriculum.stage + 1}/{len(curriculum.starts)}, rank {k or 'full'}, "
+                      f"{rate:.0f} images/s, {duration((now - self.begin) / done * left)} left")
         state.losses, state.timesteps, state.lines = [], [], state.lines + 1
 
 
-def save_samples(folder: Path, name: str, s: Settings, state: State, dataset: Dataset, processes: Processes) -> str:
-    """A grid, by process 0; returns its path and columns."""
-    classes, columns = dataset.classes, grid_columns(len(dataset.classes))
-    if processes.number == 0:
-        images, _ = draw_images(state.ema, range(100), list(range(len(classes))), guidance=s.guidance)
-        save_grid(folder / "samples" / name, images, columns)
-    return f"{folder / 'samples' / name}" + (f" (columns: {', '.join(classes)})" if len(classes) == columns else "")
+def save_samples(run: Run, name: str) -> str:
+    """Draws a grid; returns its path and what its columns are."""
+    classes, columns = run.dataset.classes, grid_columns(len(run.dataset.classes))
+    if run.processes.number == 0:
+        images, _ = draw_images(run.state.ema, range(100), range(len(classes)), guidance=run.s.guidance)
+        save_grid(run.folder / "samples" / name, images, columns)
+    columns_are = f" (columns: {', '.join(classes)})" if len(classes) == columns else ""
+    return f"{run.folder / 'samples' / name}{columns_are}"
 
 
-def print_summary(folder, s: Settings, given: dict, state: State, dataset: Dataset, processes, dtype) -> None:
+def print_summary(run: Run, given: dict, dtype: torch.dtype) -> None:
     """What will be trained, and a line for each flag that was given and changes nothing."""
-    config, size, cost = state.model.config, state.model.config.image_size, masked_cost(s, state, processes)
+    (folder, s, state, dataset, processes), config = run, run.state.model.config
+    size, classes = config.image_size, len(dataset.classes) or "no"
     print(f"run         {folder}" + (f", going on after step {state.step}" if state.step else ""))
-    print(f"device      {processes.device}, {dtype}, processes: {processes.count}" + ", compiled" * s.compile)
-    print(f"data        {dataset.name}: {len(dataset.images):,} images {size}x{size}, classes: {len(dataset.classes)}")
+    print(f"device      {processes.device}, {dtype}, processes: {processes.count}, compiled: {s.compile}")
+    print(f"data        {dataset.name}: {len(dataset.images):,} images {size}x{size}, {classes} classes")
     print(f"model       {s.model}, {summary(config)}")
-    print(f"cost        {cost:.3g} multiply-adds a step of {s.batch_size}, {cost * s.steps:.3g} in {s.steps:,} steps, "
-          "less what slices and curriculum save", flush=True)
+    print(f"cost        {run.masked_cost:.3g} multiply-adds a step of {s.batch_size}, {s.steps:,} steps "
+          f"{run.masked_cost * s.steps:.3g}, less what slices and curriculum save", flush=True)
     for applies, names, why in (
-            (config.rank_schedule() is None, ("rank_profile", "rho_min", "warm_start", "rank_multiple", "slices"),
+            (config.method == "full", "keep factorise dense_mlp_blocks orthogonality", "--method full"),
+            (config.rank_schedule() is None, "rank_profile rho_min warm_start rank_multiple slices",
              f"--method {config.method} uses the same channels at every t"),
-            (config.method == "full", ("keep", "factorise", "dense_mlp_blocks", "orthogonality"), "--method full"),
-            (s.curriculum_groups <= 1, ("curriculum_share", "curriculum_alpha", "curriculum_sampling", "restart"),
+            (s.curriculum_groups <= 1, "curriculum_share curriculum_alpha curriculum_sampling restart",
              "there is no curriculum"),
-            (not dataset.classes, ("label_dropout", "guidance"), "the images have no classes")):
-        for name in given.keys() & set(names) if applies else ():
-            print(f"note: {flag(name)} has no effect: {why}")
+            (not dataset.classes, "label_dropout guidance", "the images have no classes")):
+        for name in names.split():
+            if applies and name in given:
+                print(f"note: {flag(name)} has no effect: {why}")
 
 
-def masked_cost(s: Settings, state: State, processes: Processes) -> int:
-    """Multiply-adds of a step without slices or a curriculum."""
-    return flops.train_step(state.model.config, [1] * s.batch_size, 1, 1, s.orthogonality > 0, processes.count)
-
-
-def print_end(folder: Path, s: Settings, state: State, dataset: Dataset, processes: Processes, log: Log) -> None:
-    saved = 1 - state.spent / (masked_cost(s, state, processes) * s.steps)
-    print(f"done, {duration(time.time() - log.begin)} in this call: {state.spent:.3g} multiply-adds, {saved:.1%} less "
-          "than without curriculum and slices")
+def print_end(run: Run, begin: float) -> None:
+    folder, s, state, *_ = run
+    end_progress()
+    if state.step < s.steps:
+        print(f"stopped after step {state.step}; go on with: python train.py --resume --out {folder}",
+              file=sys.stderr)
+        sys.exit(130)
+    print(f"done, {duration(time.time() - begin)} in this call: {state.spent:.3g} multiply-adds, "
+          f"{1 - state.spent / (run.masked_cost * s.steps):.1%} less than without curriculum and slices")
     if s.sample_every:
-        print(f"picture     {save_samples(folder, 'final.png', s, state, dataset, processes)}")
-    print(f"more        python sample.py --run {folder}")
-    print(f"losses      python experiments/curves.py {folder}")
+        print(f"picture     {save_samples(run, 'final.png')}")
+    print(f"more        python sample.py --run {folder}\nlosses      python experiments/curves.py {folder}")
 
 
 if __name__ == "__main__":
