@@ -57,7 +57,8 @@ def cluster_timesteps(log_snr: torch.Tensor, n: int) -> list[int]:
     cost = torch.where(cost.new_ones(T, T).triu().bool(), cost, torch.inf)
     worst = cost[0]
     for _ in range(n - 1):
-        before = torch.cat([worst.new_full((1,), torch.inf), worst[:-1]])  # the last group starts at i: 0..i-1 is left
+        # the last group starts at i: 0..i-1 is left
+        before = torch.cat([worst.new_full((1,), torch.inf), worst[:-1]])
         worst = torch.maximum(before[:, None], cost).amin(0)
     allowed = worst[-1]
 
@@ -112,7 +113,7 @@ class Curriculum:
         are not forgotten; the newest group shares the rest.
         """
         newest = len(self.starts) - 1 - self.stage
-        end = self.starts[newest + 1] if self.stage and self.progressive else self.T + 1  # of the newest group
+        end = self.starts[newest + 1] if self.stage and self.progressive else self.T + 1  # of the newest
         p = self.base.clone()
         p[:self.t_low] = 0
         p[self.t_low:end] *= (1 - p[end:].sum()) / p[self.t_low:end].sum()
@@ -128,7 +129,7 @@ class Curriculum:
         """
         p = self.probabilities()
         cumulative = p.cumsum(0)
-        cumulative[p.nonzero()[-1]:] = 2  # a rounding below 1 would leave the largest draws without a timestep
+        cumulative[p.nonzero()[-1]:] = 2  # a rounding below 1 would leave the largest draws without a t
         u = torch.rand(n, dtype=torch.float64, generator=generator)
         u = (torch.arange(n) + u) / n if stratified else u.sort().values
         return torch.searchsorted(cumulative, u, right=True)
@@ -145,10 +146,10 @@ class Curriculum:
 
     def advance(self, step: int) -> bool:
         """To be called before each step: introduces the next group if it is due, and says whether."""
-        before = self.stage
-        while self.stage < len(self.starts) - 1 and (
+        before, later = self.stage, len(self.starts) - 1
+        while self.stage < later and (
                 self.since_best >= self.patience
-                or (self.share < 1 and step >= self.share * self.steps * (self.stage + 1) / (len(self.starts) - 1))):
+                or (self.share < 1 and step >= self.share * self.steps * (self.stage + 1) / later)):
             self.stage, self.start = self.stage + 1, step
             self._forget_losses()
         return self.stage > before

@@ -4,9 +4,9 @@ NA-LR Eq. (6). No model is built and no GPU is asked: every figure follows from 
 Phi(t) (schedule.py). We count every matrix product, attention's two included, and nothing elementwise, which
 is half of what torch.utils.flop_counter reports. Read model.py before, sample.py or train.py after.
 
-    python flops.py                            the default model: forward, sampling, training, a chart python
-    flops.py --model DiT-S/2 --method iso-param --keep 0.75 python flops.py --paper                    every
-    published figure beside ours (experiments/paper_tables.py)
+    python flops.py                            the default model: forward, sampling, training, a chart
+    python flops.py --model DiT-S/2 --method iso-param --keep 0.75
+    python flops.py --paper                    the published figures beside ours (experiments/paper_tables.py)
 """
 
 import functools
@@ -50,7 +50,8 @@ def products(config: Config, k: dict[int, int] | None = None) -> list[Product]:
         for i, size in enumerate(sizes):
             from_data = layer.no_input_grad and i == 0
             found.append(Product(layer.name, layer.rows * size, 2 if from_data else 3))
-    found.append(Product("attention", config.depth * 2 * tokens**2 * d, 3))  # q k^T and (attention) v, all heads
+    # q k^T and (attention) v, of all heads and blocks
+    found.append(Product("attention", config.depth * 2 * tokens**2 * d, 3))
     return found
 
 
@@ -148,10 +149,10 @@ def longest_curriculum(steps: int, groups: int, share: float) -> list[tuple[int,
 # The script: a model or a run beside its siblings
 
 
-def compare(config: Config, steps: int, batch_size: int, penalty: bool, sampling_steps: int, training: int) -> list[dict]:
+def compare(config: Config, s, sampling_steps: int, training: int) -> list[dict]:
     """The model and what it is measured against: parameters, multiply-adds of a forward pass with all
-    channels, of sampling an image without and with guidance (None if unconditional), of training for
-    `steps` steps. `training` is that of the model itself, with its slices and its curriculum."""
+    channels, of sampling an image without and with guidance (None if unconditional), of training by the
+    settings s (train.py). `training` is that of the model itself, with its slices and its curriculum."""
     models = {"this model": config}
     if config.method.startswith("iso"):
         models |= {"only masked": config, "static": replace(config, method="static")}
@@ -159,13 +160,15 @@ def compare(config: Config, steps: int, batch_size: int, penalty: bool, sampling
         models["full"] = replace(config, method="full")
     rows = []
     for name, c in models.items():
-        spent = training_run(c, steps, batch_size, penalty=penalty) if rows else training
-        rows.append(dict(name=name, params=parameter_count(c), forward=sum(p.size for p in products(c)),
-                         sampling=sampling(c, sampling_steps),
-                         sampling_guided=sampling(c, sampling_steps, guidance=True) if c.num_classes else None,
-                         training=spent))
-    for row in rows:  # what the model itself saves against this row
-        row["sampling_saved"], row["training_saved"] = (1 - rows[0][key] / row[key] for key in ("sampling", "training"))
+        row = dict(name=name, params=parameter_count(c), forward=sum(p.size for p in products(c)))
+        row["sampling"] = sampling(c, sampling_steps)
+        row["sampling_guided"] = sampling(c, sampling_steps, guidance=True) if c.num_classes else None
+        row["training"] = training
+        if rows:
+            row["training"] = training_run(c, s.steps, s.batch_size, penalty=s.orthogonality > 0)
+        rows.append(row)
+        for key in ("sampling", "training"):  # what the model itself saves against this row
+            row[key + "_saved"] = 1 - rows[0][key] / row[key]
     return rows
 
 
@@ -178,14 +181,15 @@ def amount(n: int | None) -> str:
 
 
 def print_comparison(rows: list[dict], steps: int, sampling_steps: int) -> None:
-    print(f"\n{'multiply-adds':15}{'parameters':>11}{'forward':>10}{f'{sampling_steps} steps':>12}{'saved':>8}"
-          f"{'guided':>10}{f'{steps:,} training steps':>26}{'saved':>8}")
+    print(f"\n{'multiply-adds':15}{'parameters':>11}{'forward':>10}{f'{sampling_steps} steps':>12}"
+          f"{'saved':>8}{'guided':>10}{f'{steps:,} training steps':>26}{'saved':>8}")
     for row in rows:
         n = {key: amount(value) for key, value in row.items() if key != "name"}
         for key in ("sampling_saved", "training_saved"):
             n[key] = f"{row[key]:.1%}" if row is not rows[0] else ""
-        print(f"{row['name']:15}{n['params']:>11}{n['forward']:>10}{n['sampling']:>12}{n['sampling_saved']:>8}"
-              f"{n['sampling_guided']:>10}{n['training']:>26}{n['training_saved']:>8}".rstrip())
+        print(f"{row['name']:15}{n['params']:>11}{n['forward']:>10}{n['sampling']:>12}"
+              f"{n['sampling_saved']:>8}{n['sampling_guided']:>10}{n['training']:>26}"
+              f"{n['training_saved']:>8}".rstrip())
 
 
 CHART_T = [*range(T, 0, -T // 20), 1]
@@ -198,7 +202,7 @@ def chart(config: Config) -> list[str]:
     if config.rank_schedule() is None:
         return [f"every t costs the same: {amount(full)} multiply-adds a forward pass"]
     layer = max((layer for layer in linear_layers(config) if layer.rank), key=lambda layer: layer.rank)
-    lines = [f"   t  {f'active channels of {layer.name}, of {layer.rank}':37}  multiply-adds of a sampler's pass"]
+    lines = [f"   t  {f'active channels of {layer.name}, of {layer.rank}':37}  multiply-adds of a pass"]
     for t in CHART_T:
         k, cost = channels(config, t)[layer.rank], at_timestep(config, t)[0]
         k_bar, cost_bar = ("#" * round(24 * share) for share in (k / layer.rank, cost / full))
@@ -211,11 +215,12 @@ def main():
 
     parser = Parser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="the same figures as JSON")
-    parser.add_argument("--paper", action="store_true", help="the paper's tables; the flags below do not matter then")
+    parser.add_argument("--paper", action="store_true", help="the paper's tables, whatever else is given")
     parser.add_argument("--sampling-steps", type=positive_int, default=100, metavar="N", help="(default 100)")
     add_flags(parser.add_argument_group("model"), Config)
     add_flags(parser.add_argument_group("training"), Settings, only=(
-        "model", "image_size", "steps", "batch_size", "orthogonality", "curriculum_groups", "curriculum_share", "slices"))
+        "model", "image_size", "steps", "batch_size", "orthogonality", "curriculum_groups",
+        "curriculum_share", "slices"))
     args = parser.parse_args()
 
     if args.paper:
@@ -228,17 +233,17 @@ def main():
         config = preset_config(s.model, given, image_size=16 if s.model == "tiny" else 32)
         stages = longest_curriculum(s.steps, s.curriculum_groups, s.curriculum_share)
         spent = training_run(config, s.steps, s.batch_size, stages, s.orthogonality > 0, s.slices or 1)
-        rows = compare(config, s.steps, s.batch_size, s.orthogonality > 0, args.sampling_steps, spent)
+        rows = compare(config, s, args.sampling_steps, spent)
     except ValueError as error:
         parser.error(str(error))
     if args.json:
         by_t = [dict(t=t, channels=channels(config, t), forward=at_timestep(config, t)[0]) for t in CHART_T]
-        print(json.dumps(dict(config=asdict(config), steps=s.steps, batch_size=s.batch_size, slices=s.slices or 1,
-                              penalty=s.orthogonality > 0, sampling_steps=args.sampling_steps, models=rows,
-                              by_t=by_t), indent=1))
+        settings = dict(steps=s.steps, batch_size=s.batch_size, slices=s.slices or 1,
+                        penalty=s.orthogonality > 0, sampling_steps=args.sampling_steps)
+        print(json.dumps(dict(config=asdict(config), **settings, models=rows, by_t=by_t), indent=1))
         return
-    print(f"{config.channels}x{config.image_size}x{config.image_size}, {config.num_classes} classes; {s.model}, "
-          + summary(config))
+    size = f"{config.channels}x{config.image_size}x{config.image_size}"
+    print(f"{size}, {config.num_classes} classes; {s.model}, {summary(config)}")
     print_comparison(rows, s.steps, args.sampling_steps)
     print("", *chart(config), sep="\n")
 

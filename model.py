@@ -28,7 +28,8 @@ PRESETS = {
     for name, (depth, width, heads) in SIZES.items() for patch in (2, 4, 8)
 }
 # small enough to learn `shapes` on two CPU cores in minutes
-PRESETS["tiny"] = dict(depth=3, width=192, heads=6, patch=4, conditioning="shared", dense_mlp_blocks=0, predict="v")
+PRESETS["tiny"] = dict(depth=3, width=192, heads=6, patch=4, conditioning="shared", dense_mlp_blocks=0,
+                       predict="v")
 
 
 @dataclass(frozen=True)
@@ -45,21 +46,22 @@ class Config:
     image_size: int = setting(32, low=1)
     channels: int = setting(3, low=1)
     num_classes: int = setting(10, "label rows of the model; otherwise the dataset's", low=0)
-    predict: str = setting("eps", "what the model predicts: the noise, v = sqrt(ab) eps - sqrt(1 - ab) x_0, or the "
-                           "image; tiny: v", choices=PREDICTIONS)
-    method: str = setting("iso-compute", "full: dense; static: one rank for all t; iso-compute: noise-adaptive, average "
-                          "cost of static; iso-param: noise-adaptive, parameters of static", choices=METHODS)
-    keep: float = setting(0.5, "share of the parameters that a static layer keeps", above=0, high=1, metavar="P")
+    predict: str = setting("eps", "what the model predicts: the noise, v = sqrt(ab) eps - sqrt(1 - ab) x_0, "
+                           "or the image; tiny: v", choices=PREDICTIONS)
+    method: str = setting("iso-compute", "full: dense; static: one rank for all t; iso-compute: noise-adaptive "
+                          "at the cost of static; iso-param: the same with the parameters of static",
+                          choices=METHODS)
+    keep: float = setting(0.5, "share of the parameters that a static layer keeps", above=0, high=1)
     rank_profile: str = setting("logistic", "shape of Phi(t)", choices=PROFILES)
     rho_min: float = setting(0.4, "smallest share of r_max that is active", above=0, high=1)
     warm_start: float = setting(0.1, "share of t, from the clean end, that always has r_max", low=0, high=1)
-    rank_multiple: int = setting(1, "round active ranks up to a multiple of N; tensor cores like 8 or 16", low=1)
-    conditioning: str = setting("per-block", "timestep and label embedder in every block, as the published parameter "
-                                "counts have it, or one for all, as the original DiT; tiny: shared",
+    rank_multiple: int = setting(1, "round active ranks up to a multiple; tensor cores like 8 or 16", low=1)
+    conditioning: str = setting("per-block", "timestep and label embedder in every block, as the published "
+                                "counts, or one for all, as the original DiT; tiny: shared",
                                 choices=("per-block", "shared"))
-    dense_mlp_blocks: int = setting(1, "first blocks whose MLP stays dense; the published counts: 1; tiny: 0", low=0)
-    factorise: str = setting("all", "which layers are low-rank: also adaLN and the timestep embedders, as the published "
-                             "counts, or those that NA-LR's text names", choices=("all", "attention-mlp"))
+    dense_mlp_blocks: int = setting(1, "first blocks whose MLP stays dense; tiny: 0", low=0)
+    factorise: str = setting("all", "low-rank layers: also adaLN and the timestep embedders, as the "
+                             "published counts, or those that NA-LR's text names", choices=("all", "attention-mlp"))
 
     def __post_init__(self):
         check_fields(self)
@@ -124,7 +126,7 @@ def linear_layers(config: Config) -> tuple[LinearLayer, ...]:
         layers.append(LinearLayer(f"blocks.{b}.adaln", d, 6 * d, 1, d_to[6 * d] if everywhere else None))
         layers += [LinearLayer(f"blocks.{b}.{name}", d, d, rows, d_to[d]) for name in ("q", "k", "v", "out")]
         layers.append(LinearLayer(f"blocks.{b}.mlp_in", d, 4 * d, rows, mlp))
-        layers.append(LinearLayer(f"blocks.{b}.mlp_out", 4 * d, d, rows, mlp))  # r depends on m + n, m n alone
+        layers.append(LinearLayer(f"blocks.{b}.mlp_out", 4 * d, d, rows, mlp))  # r depends on m + n, m n
     layers.append(LinearLayer("final_adaln", d, 2 * d, 1))
     layers.append(LinearLayer("final_out", d, config.patch**2 * config.channels, rows))
     return tuple(layers)
@@ -224,7 +226,8 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(d, config.heads) for _ in range(config.depth))
         self.final_adaln = Linear(d, 2 * d)
         self.final_out = Linear(d, config.patch**2 * config.channels)
-        self.register_buffer("position", position_embedding(d, config.image_size // config.patch), persistent=False)
+        position = position_embedding(d, config.image_size // config.patch)
+        self.register_buffer("position", position, persistent=False)
 
         if initialise:
             self.initialise()
@@ -239,7 +242,7 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patchify.weight.flatten(1))  # a convolution, seen as the linear layer it is
+        nn.init.xavier_uniform_(self.patchify.weight.flatten(1))  # seen as the linear layer that it is
         nn.init.zeros_(self.patchify.bias)
         for embedder in self.embedders:
             for weight in (embedder.time_in.weight, embedder.time_out.weight, embedder.label.weight):
@@ -307,8 +310,8 @@ def parameter_count(config: Config) -> int:
 def preset_config(model: str, given: dict, **facts) -> Config:
     """The preset, overlaid with `facts` (image_size, channels, num_classes of the data), overlaid with those
     of the given flags that are fields of Config. Raises ValueError as `Config` does."""
-    names = {f.name for f in fields(Config)}
-    return Config(**(PRESETS[model] | facts | {name: value for name, value in given.items() if name in names}))
+    given = {f.name: given[f.name] for f in fields(Config) if f.name in given}
+    return Config(**(PRESETS[model] | facts | given))
 
 
 def summary(config: Config) -> str:
@@ -318,7 +321,7 @@ def summary(config: Config) -> str:
     text = config.method + ("" if config.method == "full" else f" keep {config.keep:g}")
     text += f", predicts {config.predict}: {parameter_count(config):,} parameters (full rank {full:,})"
     schedule = config.rank_schedule()
-    shapes = Counter((layer.m, layer.n, layer.rank) for layer in linear_layers(config) if layer.rank is not None)
+    shapes = Counter((layer.m, layer.n, layer.rank) for layer in linear_layers(config) if layer.rank)
     for (m, n, r), count in sorted(shapes.items()):
         least = f"{schedule.active(T, r)}.." if schedule else ""
         text += f"\n{count:16d} layers {m:5d} x {n:<5d} rank {least}{r}"

@@ -22,8 +22,8 @@ from torchvision.utils import make_grid
 from data import IMAGE_ENDINGS, to_uint8
 from model import Config, DiT
 from schedule import NoiseSchedule, predicted_x_0_and_eps, sampling_timesteps
-from script import (DEVICES, DTYPES, InputError, Parser, duration, end_progress, one_line, pick_device, pick_dtype,
-                    positive_int, read_checkpoint, run_script, show_progress, write_then_rename)
+from script import (DEVICES, DTYPES, InputError, Parser, duration, end_progress, one_line, pick_device,
+                    pick_dtype, positive_int, read_checkpoint, run_script, show_progress, write_then_rename)
 
 # ----------------------------------------------------------------------------------------------------
 # From the model to x_0 and eps
@@ -45,12 +45,13 @@ def guided(model: DiT, y: torch.Tensor | None, guidance: float) -> Predictor:
     if y is None or guidance == 0:
         distinct, which = torch.tensor([none], device=model.position.device), slice(None)
     else:
-        distinct, which = torch.cat([y, y.new_full((len(y),), none)] if both else [y]).unique(return_inverse=True)
+        labels = torch.cat([y, torch.full_like(y, none)]) if both else y
+        distinct, which = labels.unique(return_inverse=True)
 
     def output(x, t):
         active = model.active(t)
         conditions = model.condition(torch.full_like(distinct, t), distinct, active)  # each (labels, 1, ...)
-        conditions = [c[which] for c in conditions]  # each (2B, 1, ...) or (B, 1, ...); (1, ...) for one label
+        conditions = [c[which] for c in conditions]  # each (2B, 1, ...), (B, 1, ...) or (1, 1, ...)
         if not both:
             return model.denoise(x, conditions, active).float()
         out_c, out_u = model.denoise(torch.cat([x, x]), conditions, active).float().chunk(2)
@@ -142,9 +143,9 @@ class ImageNoise:
         return torch.from_numpy(np.stack(draws)).to(self.device)
 
 
-def draw_images(model: DiT, indices: range, classes: list[int], seed: int = 0, sampler: str = "ddim", steps: int = 100,
-                guidance: float = 2.0, clip: bool = True, dtype: torch.dtype = torch.float32,
-                on_step: Callable[[int], None] = lambda n: None):
+def draw_images(model: DiT, indices: range, classes: list[int], seed: int = 0, sampler: str = "ddim",
+                steps: int = 100, guidance: float = 2.0, clip: bool = True,
+                dtype: torch.dtype = torch.float32, on_step: Callable[[int], None] = lambda n: None):
     """Images number `indices` of this seed: uint8 (n, C, H, W) on the CPU, and their labels (n,).
 
     classes: image i is of class classes[i % len(classes)]; empty for unconditional images
@@ -176,7 +177,8 @@ def grid_columns(classes: int) -> int:
 
 def save_grid(path: Path, images: torch.Tensor, columns: int) -> None:
     """One PNG of uint8 images (n, 3, H, W), row by row, small ones enlarged by whole pixels."""
-    images = images.repeat_interleave(scale := max(1, 64 // images.shape[-1]), -1).repeat_interleave(scale, -2)
+    scale = max(1, 64 // images.shape[-1])
+    images = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     save_png(path, make_grid(images, nrow=columns, padding=2))
 
 
@@ -231,19 +233,18 @@ def read_command_line():
     add = parser.add_argument
     add("--run", metavar="DIR", help="folder of a run (default: the newest under runs/)")
     add("--num", type=positive_int, default=100, metavar="N", help="how many images (default 100)")
-    add("--first", type=int, default=0, metavar="N", help="number of the first image: image i of a seed is the same in "
-        "any call, so several processes can share out a large set (default 0)")
-    add("--classes", default="all", help="class numbers or names, e.g. 0,3 or star,heart; image i takes them in turn "
-        "(default all)")
+    add("--first", type=int, default=0, metavar="N", help="number of the first image: image i of a seed is "
+        "the same in any call, so several processes can share out a large set (default 0)")
+    add("--classes", default="all", help="numbers or names, e.g. 0,3 or star,heart, in turns (default all)")
     add("--sampler", choices=("ddim", "ddpm"), default="ddim", help="ddim: deterministic; ddpm: ancestral")
-    add("--steps", type=positive_int, default=100, metavar="N", help="sampling steps, 1 to 1000 (default 100)")
+    add("--steps", type=positive_int, default=100, metavar="N", help="1 to 1000 (default 100)")
     add("--guidance", type=float, metavar="W", help="eps = eps_u + W (eps_c - eps_u); 1 is plain conditional "
         "(default: the run's)")
     add("--no-clip", action="store_true", help="do not clip predicted images to [-1, 1] at every step")
     add("--seed", type=int, default=0, metavar="N", help="of the noise (default 0)")
-    add("--out", metavar="FILE.png|FILE.npz|DIR", help="a grid, an array for fid.py, or a folder of PNGs (default: a "
-        "grid in the run's samples/)")
-    add("--batch-size", type=positive_int, metavar="N", help="images at a time (default 100 on a CPU, else 500)")
+    add("--out", metavar="FILE.png|FILE.npz|DIR", help="a grid, an array for fid.py, or a folder of PNGs "
+        "(default: a grid in the run's samples/)")
+    add("--batch-size", type=positive_int, metavar="N", help="images at a time (default 100 on a CPU, 500)")
     add("--device", choices=DEVICES, default="auto")
     add("--dtype", choices=DTYPES, help="of the matrix products (default bfloat16 on CUDA, else float32)")
     args = parser.parse_args()
@@ -260,8 +261,8 @@ def read_command_line():
 def check_out(out: Path, as_folder: bool) -> None:
     """What cannot be written is better known before the drawing. Raises InputError."""
     if as_folder and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out {out} exists and is not an empty folder; name another, or FILE.png or FILE.npz")
-    if out.suffix.lower() in IMAGE_ENDINGS + (".npz",) and (as_folder and out.suffix != ".png" or out.is_dir()):
+        raise InputError(f"--out {out} exists and is not an empty folder; name another, a .png or a .npz")
+    if out.suffix.lower() in IMAGE_ENDINGS + (".npz",) and (as_folder or out.is_dir()):
         raise InputError(f"--out {out}: give FILE.png, FILE.npz or the name of a folder")
     out.parent.mkdir(parents=True, exist_ok=True)
 
@@ -285,15 +286,15 @@ def main():
     for first in range(args.first, end, batch_size):
         indices = range(first, min(first + batch_size, end))
 
-        def on_step(done):
-            equivalent = first - args.first + len(indices) * done / args.steps  # counting unfinished images in part
-            rate = equivalent / (time.time() - start)
-            if done == args.steps or sys.stdout.isatty():  # in a file, one line a batch is enough
-                show_progress(f"{run}: step {done}/{args.steps}, image {indices[-1] + 1 - args.first}/{args.num}, "
-                              f"{rate:.1f} images/s, {duration((args.num - equivalent) / rate)} left")
+        def on_step(steps_done):
+            done = first - args.first + len(indices) * steps_done / args.steps  # unfinished images in part
+            rate = done / (time.time() - start)
+            if steps_done == args.steps or sys.stdout.isatty():  # in a file, one line a batch is enough
+                show_progress(f"{run}: step {steps_done}/{args.steps}, image {done:.0f}/{args.num}, "
+                              f"{rate:.1f} images/s, {duration((args.num - done) / rate)} left")
 
-        drawn, drawn_labels = draw_images(model, indices, classes, args.seed, args.sampler, args.steps, guidance,
-                                          not args.no_clip, dtype, on_step)
+        drawn, drawn_labels = draw_images(model, indices, classes, args.seed, args.sampler, args.steps,
+                                          guidance, not args.no_clip, dtype, on_step)
         if as_folder:
             for i, image in zip(indices, drawn):
                 save_png(out / f"{i:06d}.png", image)

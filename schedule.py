@@ -38,7 +38,7 @@ class NoiseSchedule:
         return ab.sqrt().float(), (1 - ab).sqrt().float()
 
 
-def add_noise(x_0: torch.Tensor, eps: torch.Tensor, signal: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+def add_noise(x_0: torch.Tensor, eps: torch.Tensor, signal, noise) -> torch.Tensor:
     """x_t = sqrt(ab_t) x_0 + sqrt(1 - ab_t) eps, with the amplitudes from `coefficients(t)`."""
     return signal * x_0 + noise * eps
 
@@ -238,10 +238,11 @@ def speed_weight(schedule: NoiseSchedule, predict: str, tau: int = 700, lam: flo
     return eps_loss_factor(predict, schedule) * weight
 
 
-WEIGHTINGS = {"none": no_weight, "erd": erd_weight, "min-snr": min_snr_weight, "p2": p2_weight, "speed": speed_weight}
+WEIGHTINGS = {"none": no_weight, "erd": erd_weight, "min-snr": min_snr_weight, "p2": p2_weight,
+              "speed": speed_weight}
 
 
-def loss_weight(name: str, schedule: NoiseSchedule, predict: str, probabilities: torch.Tensor) -> torch.Tensor:
+def loss_weight(name: str, schedule: NoiseSchedule, predict: str, probabilities) -> torch.Tensor:
     """The weight called `name`, divided by its mean under the distribution of t in use, so that learning
     rates stay comparable. float64 (T + 1,). probabilities: float64 (T + 1,), the chance of each t."""
     weight = WEIGHTINGS[name](schedule, predict)

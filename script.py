@@ -112,8 +112,8 @@ def add_flags(parser, dataclass, only: tuple[str, ...] | None = None) -> None:
         m, kind = f.metadata, _kind(f)
         if not m["help"] or (only and f.name not in only):
             continue
-        shown = {True: " (default on)", False: " (default off)", None: ""}.get(f.default, f" (default {f.default})")
-        text = (m["help"] + shown).replace("%", "%%")
+        words = {True: " (default on)", False: " (default off)", None: ""}
+        text = (m["help"] + words.get(f.default, f" (default {f.default})")).replace("%", "%%")
         if kind is bool:
             parser.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, default=None, help=text)
             continue
@@ -129,7 +129,8 @@ def check_fields(values) -> None:
         if value is None and isinstance(f.type, types.UnionType):
             continue
         if m["choices"]:
-            fits, wanted = isinstance(value, str) and value in m["choices"], f"one of {', '.join(m['choices'])}"
+            fits = isinstance(value, str) and value in m["choices"]
+            wanted = f"one of {', '.join(m['choices'])}"
         elif kind in (bool, str):
             fits, wanted = type(value) is kind, "on or off" if kind is bool else "a text"
         else:
@@ -212,7 +213,7 @@ class Stop:
 
     def __init__(self):
         self.asked = False
-        self.handlers = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {n: signal.signal(n, self.receive) for n in (signal.SIGINT, signal.SIGTERM)}
 
     def receive(self, number, _):
         if self.asked and number == signal.SIGINT:
@@ -280,7 +281,7 @@ def read_checkpoint(path: Path, keys: tuple[str, ...]) -> dict:
             warnings.simplefilter("ignore")  # torch's and numpy's remarks on foreign files: ours is one line
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{path} does not exist; give the folder of a run that train.py has written") from None
+        raise InputError(f"{path} does not exist; give the folder of a run of train.py") from None
     except Exception as error:  # a foreign file can fail in any way inside the unpickler
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise InputError(f"{path} cannot be loaded: it is damaged, not a PyTorch file, or holds more than "
@@ -308,7 +309,7 @@ def claim_folder(folder: Path) -> None:
         try:
             fcntl.lockf(LOCKED[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise InputError(f"another process is writing to {folder}; wait for it, or choose another --out") from None
+            raise InputError(f"another process writes to {folder}; wait, or choose another --out") from None
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink()
 
@@ -322,12 +323,12 @@ def sha256_of(path: Path) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise InputError(f"cannot read {path} ({error.strerror}); give the path of an existing file") from None
+        raise InputError(f"cannot read {path} ({error.strerror}); give an existing file") from None
 
 
 def check_sha256(path: Path, expected: str) -> None:
     """Raises InputError unless the file's SHA-256 is `expected`. Called before a file is opened."""
     found = sha256_of(path)
     if found != expected:
-        raise InputError(f"{path} is damaged or not the file it claims to be "
-                         f"(SHA-256 {found[:12]}..., expected {expected[:12]}...); delete it and fetch it again")
+        raise InputError(f"{path} is damaged or not the file it claims to be (SHA-256 {found[:12]}..., "
+                         f"expected {expected[:12]}...); delete it and fetch it again")

@@ -60,7 +60,7 @@ class Settings:
     orthogonality: float = setting(1e-4, "weight of the orthogonality penalty", low=0)
     curriculum_groups: int | None = setting(None, "timestep groups, 0 = off (default 10 for iso-*, else 0)",
                                             low=0, high=50)  # the rate would be zero with the 51st (C.3.4)
-    curriculum_share: float = setting(0.4, "its longest, as a share of the steps; 1: no limit", above=0, high=1)
+    curriculum_share: float = setting(0.4, "its longest, as share of the steps; 1: no limit", above=0, high=1)
     curriculum_alpha: float = setting(0.05, "of the loss's EMA, whose plateau brings a group", low=0, high=1)
     curriculum_sampling: str = setting("progressive", "C.3.3, or all timesteps that are in alike",
                                        choices=("progressive", "uniform"))
@@ -376,7 +376,7 @@ def read_command_line(argv: list[str] | None):
         raise InputError(f"{folder} already holds a run; go on with it by --resume, or choose another --out")
     if args.resume and not given and not folder.exists():
         raise InputError(f"--resume: {folder} does not exist; name the folder of a run")
-    if not args.resume or not (folder / "config.json").exists():  # a job killed early goes on by the same command
+    if not args.resume or not (folder / "config.json").exists():  # or a job was killed early
         return folder, choose_settings(given), given, None
     config, s, saved = read_config(folder)
     known = asdict(s) | asdict(config)
