@@ -396,7 +396,8 @@ def read_config(folder: Path) -> tuple[Config, Settings, dict]:
     try:
         saved = json.loads(path.read_bytes())
         if "rank_execution" in saved["train"]:
-            raise ValueError("of an older version; delete the line rank_execution, --slices N does that now")
+            raise ValueError("rank_execution is of an older version, whose runs still sample but cannot be "
+                             "resumed; train anew, --slices N does what sorted execution did")
         config, s = Config(**saved["model"]), Settings(**saved["train"])
         check_fields(s)
         saved["n_images"], saved["classes"]
