@@ -108,7 +108,7 @@ def train_step(config: Config, t: list[int], slices: int = 1, t_low: int = 1, pe
     """
     total = processes * penalty_step(config, t_low) if penalty else 0
     for process in range(processes):
-        for part in torch.tensor(t[process::processes]).tensor_split(slices):
+        for part in torch.tensor(t[process::processes]).tensor_split(min(slices, len(t))):
             if len(part):
                 total += len(part) * at_timestep(config, int(part[0]))[1]
     return total

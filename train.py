@@ -291,6 +291,9 @@ class State:
                 part.load_state_dict(saved[name])
             elif isinstance(part, (int, list)):
                 setattr(self, name, type(part)(saved[name]))
+        for p, moments in self.optimizer.state.items():  # the fused kernel does not look
+            if any(moments[m].shape != p.shape for m in ("exp_avg", "exp_avg_sq")):
+                raise ValueError("the optimiser's state is of other weights")
         self.losses = [row[processes.number::processes.count].to(processes.device) for row in self.losses]
         self.host_rng.set_state(saved["host_rng"])
         if saved["device"] == processes.device.type:
@@ -400,7 +403,7 @@ def read_config(folder: Path) -> tuple[Config, Settings, dict]:
                              "resumed; train anew, --slices N does what sorted execution did")
         config, s = Config(**saved["model"]), Settings(**saved["train"])
         check_fields(s)
-        saved["n_images"], saved["classes"]
+        s.curriculum_groups + 0, saved["n_images"], saved["classes"]  # must be there
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is not a run's settings ({one_line(error)})") from None
     return config, s, saved
