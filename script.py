@@ -34,8 +34,8 @@ class InputError(ValueError):
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's main(): an `InputError`, what the file system refuses, or too little memory ends in one
-    line on stderr and exit status 2, Ctrl-C in 130. Anything else is a bug of ours and keeps its traceback."""
+    """Runs a script's main(): an `InputError`, what the file system refuses, or too little memory end in one
+    line on stderr and exit status 2, Ctrl-C in 130. All else is a bug of ours and keeps its traceback."""
     try:
         main()
     except BrokenPipeError:  # `... | head` closed our output: nothing to say, and nobody to say it to
@@ -46,7 +46,7 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         words = ("out of memory", "can't allocate memory", "Storage size calculation overflowed")  # torch's
-        if type(error) is RuntimeError and not any(text in str(error) for text in words):
+        if not isinstance(error, MemoryError) and not any(text in str(error) for text in words):
             raise
         print(f"{Path(sys.argv[0]).name}: not enough memory for this batch or model ({one_line(error)})",
               file=sys.stderr)
