@@ -29,7 +29,7 @@ PRESETS = {
 }
 # small enough to learn `shapes` on two CPU cores in minutes
 PRESETS["tiny"] = dict(depth=3, width=192, heads=6, patch=4, conditioning="shared", dense_mlp_blocks=0,
-                       predict="v")
+                       predict="v", keep=0.25)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Config:
     method: str = setting("iso-compute", "full: dense; static: one rank for all t; iso-compute: noise-adaptive "
                           "at the cost of static; iso-param: the same with the parameters of static",
                           choices=METHODS)
-    keep: float = setting(0.5, "share of the parameters that a static layer keeps", above=0, high=1)
+    keep: float = setting(0.5, "share of the parameters that a static layer keeps; tiny: 0.25", above=0, high=1)
     rank_profile: str = setting("logistic", "shape of Phi(t)", choices=PROFILES)
     rho_min: float = setting(0.4, "smallest share of r_max that is active", above=0, high=1)
     warm_start: float = setting(0.1, "share of t, from the clean end, that always has r_max", low=0, high=1)

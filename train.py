@@ -80,7 +80,7 @@ class Settings:
     guidance: float = setting(2.0, "guidance scale of this run's samples", metavar="W")
 
 
-TINY = dict(steps=2000, batch_size=64, lr=2e-3, warmup=100, ema_decay=0.998, curriculum_share=0.2,
+TINY = dict(steps=3000, batch_size=64, lr=2e-3, warmup=100, ema_decay=0.998, curriculum_share=0.2,
             log_every=20, save_every=500)
 
 # What a resumed run may be told anew; everything else would make it another run. (That a dataset which has
