@@ -48,8 +48,8 @@ class Config:
     num_classes: int = setting(10, "label rows of the model; otherwise the dataset's", low=0)
     predict: str = setting("eps", "what the model predicts: the noise, v = sqrt(ab) eps - sqrt(1 - ab) x_0, "
                            "or the image; tiny: v", choices=PREDICTIONS)
-    method: str = setting("iso-compute", "full: dense; static: one rank for all t; iso-compute: adapted to noise, "
-                          "at the cost of static; iso-param: the same with the parameters of static",
+    method: str = setting("iso-compute", "full: dense; static: one rank for all t; iso-compute: adapted to "
+                          "noise, at the cost of static; iso-param: the same with the parameters of static",
                           choices=METHODS)
     keep: float = setting(0.5, "share of parameters that a static layer keeps; tiny: 0.25", above=0, high=1)
     rank_profile: str = setting("logistic", "shape of Phi(t)", choices=PROFILES)
@@ -61,7 +61,7 @@ class Config:
                                 choices=("per-block", "shared"))
     dense_mlp_blocks: int = setting(1, "first blocks whose MLP stays dense; tiny: 0", low=0)
     factorise: str = setting("all", "low-rank layers: also adaLN and the timestep embedders, as the "
-                             "published counts, or those that the paper names", choices=("all", "attention-mlp"))
+                             "published counts, or those that its text names", choices=("all", "attention-mlp"))
 
     def __post_init__(self):
         check_fields(self)
