@@ -60,7 +60,7 @@ class Config:
                                 "counts, or one for all, as the original DiT; tiny: shared",
                                 choices=("per-block", "shared"))
     dense_mlp_blocks: int = setting(1, "first blocks whose MLP stays dense; tiny: 0", low=0)
-    factorise: str = setting("all", "low-rank layers: also adaLN and the timestep embedders, as the published "
+    factorise: str = setting("all", "low-rank layers: also adaLN and timestep embedders, as the published "
                              "counts, or what the paper's text names", choices=("all", "attention-mlp"))
 
     def __post_init__(self):
