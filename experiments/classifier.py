@@ -1,16 +1,16 @@
 """How many generated images would a classifier recognise as the class they were asked to be?
 
-Trains a plain convolutional classifier on real images (minutes on a CPU), reports its accuracy on images
-it has not seen, and then the share of generated images that it assigns to their own class. Unlike FID
-this needs no thousands of samples and no ImageNet, and it says *which* class fails. It says nothing about
-variety: a model that draws one perfect image per class scores 100 %.
+Trains a plain convolutional classifier on real images (minutes on a CPU), reports its accuracy on images it has
+not seen, and then the share of generated images that it assigns to their own class. Unlike FID this needs no
+thousands of samples and no ImageNet, and it says *which* class fails. It says nothing about variety: a model that
+draws one perfect image per class scores 100 %.
 
     python experiments/classifier.py --dataset shapes --out shapes_clf.pt
     python experiments/classifier.py --classifier shapes_clf.pt --generated samples.npz
     python fid.py samples.npz shapes --features shapes_clf.features.pt
 
-The last line uses the second file that training writes: the classifier without its last layer, as
-TorchScript, from which fid.py computes a Frechet distance where the Inception network has nothing to say.
+The last line uses the second file that training writes: the classifier without its last layer, as TorchScript,
+from which fid.py computes a Frechet distance where the Inception network has nothing to say.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import json
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,8 +26,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's top level
-from data import (InputError, Parser, Source, batch_indices, draw_shapes, load, open_source, pick_device, positive_int,
-                  run_script, to_unit, write_then_rename)
+import common
+from data import Dataset, Source, batch_indices, load, open_source, to_unit
+from script import DEVICES, InputError, Parser, pick_device, positive_int, run_script, write_then_rename
+
+# ----------------------------------------------------------------------------------------------------
+# The network
 
 
 class Classifier(nn.Module):
@@ -72,75 +77,78 @@ def predict(model: Classifier, read, n: int, device: torch.device) -> torch.Tens
     return torch.cat([model(read(i, min(i + 256, n)).to(device)).argmax(1).cpu() for i in range(0, n, 256)])
 
 
-def training_data(args):
-    """(images, labels, held-out images, held-out labels, class names); images uint8 (N, 3, H, W)."""
+# ----------------------------------------------------------------------------------------------------
+# Training
+
+
+def training_data(args) -> tuple[Dataset, Dataset]:
+    """To train on, and to hold out. Raises InputError."""
     if args.dataset == "shapes":
         # a seed of its own: train.py draws seed 0, and judging a model by the very images it was
         # trained on would reward memorising them
-        train = load("shapes", args.data_dir, "train", args.image_size, args.num, args.seed)
-        images, labels = draw_shapes(2000, train.images.shape[-1], args.seed + 1)
-        return train.images, train.labels, images, labels, train.classes
-    train = load(args.dataset, args.data_dir, "train", args.image_size)
-    if len(train.classes) < 2:
+        return tuple(load("shapes", args.data_dir, split, args.image_size, num, args.seed)
+                     for split, num in (("train", args.num), ("test", 2000)))
+    found = load(args.dataset, args.data_dir, "train", args.image_size)
+    if len(found.classes) < 2:
         raise InputError(f"{args.dataset} has no classes to tell apart; give a folder with a folder per class, "
                          "or a .npz with `labels`")
     if args.dataset == "cifar10" or args.test:
-        test = load(args.test or args.dataset, args.data_dir, "test", args.image_size)
-        if test.classes != train.classes or test.images.shape[1:] != train.images.shape[1:]:
-            raise InputError(f"{args.test} has other classes or another image size than {args.dataset}")
-        return train.images, train.labels, test.images, test.labels, train.classes
-    order = torch.randperm(len(train.images), generator=torch.Generator().manual_seed(args.seed))
-    held, rest = order[: max(1, len(order) // 10)], order[max(1, len(order) // 10):]
-    if not len(rest):
+        args.test = args.test or args.dataset
+        common.note_if_same(args.dataset, args.test)
+        return found, common.load_held_out(args, 2000)
+    order = torch.randperm(len(found.images), generator=torch.Generator().manual_seed(args.seed))
+    if len(order) < 2:
         raise InputError(f"{args.dataset} holds {len(order)} image(s), too few to train on and to hold some out")
-    return train.images[rest], train.labels[rest], train.images[held], train.labels[held], train.classes
+    tenth = max(1, len(order) // 10)
+    return tuple(replace(found, images=found.images[part], labels=found.labels[part])
+                 for part in (order[tenth:], order[:tenth]))
 
 
 def train(args, device: torch.device, generated: Source | None) -> tuple[Classifier, dict]:
     """Trains, writes both files, and gives the model with what the classifier file holds. `generated` is
     what will be judged: if it does not fit, that is said before minutes of training, not after."""
     with contextlib.redirect_stdout(sys.stderr):  # load() shows progress; stdout is for the result
-        images, labels, test_images, test_labels, classes = training_data(args)
+        dataset, test = training_data(args)
+    n, size = len(dataset.images), dataset.images.shape[-1]
     if generated:
-        wanted_classes(generated, classes, images.shape[-1])
-    images, labels = images.to(device), labels.to(device)
+        wanted_classes(generated, dataset.classes, size)
+    dataset = dataset.to(device)
     torch.manual_seed(args.seed)
-    n, size = len(images), images.shape[-1]
-    config = {"num_classes": len(classes), "image_size": size, "width": args.width}
+    config = {"num_classes": len(dataset.classes), "image_size": size, "width": args.width}
     model = Classifier(**config).to(device)
     steps = args.steps or max(1, args.epochs * n // args.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
     decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, steps) if steps > 1 else None
     g = torch.Generator().manual_seed(args.seed)  # of the augmentation
     pad = max(1, size // 16)
-    start, loss_mean = time.time(), None
-    for step in range(steps):
-        i = batch_indices(n, step, args.batch_size, args.seed, device)
-        x, y = images[i], labels[i]
+    start = time.time()
+    model.train()
+    for step in range(1, steps + 1):
+        index = batch_indices(n, step - 1, args.batch_size, args.seed, device)
+        x, y = dataset.images[index], dataset.labels[index]
         if not args.no_flip and torch.rand((), generator=g) < 0.5:
             x = x.flip(3)
         dy, dx = torch.randint(2 * pad + 1, (2,), generator=g).tolist()  # one small shift for the whole batch
-        x = F.pad(x.float(), (pad,) * 4, mode="replicate")[:, :, dy:dy + size, dx:dx + images.shape[3]]
-        model.train()
+        x = F.pad(x.float(), (pad,) * 4, mode="replicate")[:, :, dy:dy + size, dx:dx + size]
         loss = F.cross_entropy(model(x), y, label_smoothing=0.05)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if decay:
             decay.step()
-        loss_mean = loss.item() if loss_mean is None else 0.98 * loss_mean + 0.02 * loss.item()
-        if (step + 1) % 100 == 0 or step + 1 == steps:
-            print(f"step {step + 1:,} of {steps:,}  loss {loss_mean:.3f}  {time.time() - start:.0f} s",
+        if step % 100 == 0 or step == steps:
+            print(f"step {step:,} of {steps:,}  loss {loss.item():.3f}  {time.time() - start:.0f} s",
                   file=sys.stderr)
 
-    predicted = predict(model, lambda i, j: test_images[i:j], len(test_images), device)
-    accuracy = (predicted == test_labels).double().mean().item()
-    state = {"config": config, "classes": classes, "dataset": args.dataset, "accuracy": accuracy,
-             "n_test": len(test_images), "model": {k: v.cpu() for k, v in model.state_dict().items()}}
+    predicted = predict(model, lambda i, j: test.images[i:j], len(test.images), device)
+    accuracy = (predicted == test.labels).double().mean().item()
+    weights = {name: value.cpu() for name, value in model.state_dict().items()}
+    state = {"config": config, "classes": dataset.classes, "dataset": args.dataset, "accuracy": accuracy,
+             "n_test": len(test.images), "model": weights}
     write_then_rename(args.out, lambda file: torch.save(state, file))
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # newer torch versions call TorchScript old; it is what loads everywhere
-        scripted = torch.jit.trace(Features(model.cpu().eval()), images[:2].cpu())
+        scripted = torch.jit.trace(Features(model.cpu().eval()), test.images[:2])
         write_then_rename(features_file(args.out), lambda file: torch.jit.save(scripted, file))
     return model.to(device), state
 
@@ -149,8 +157,9 @@ def features_file(out: Path) -> Path:
     return out.with_name(out.stem + ".features" + (out.suffix or ".pt"))
 
 
-def load_classifier(path: str, device: torch.device) -> tuple[Classifier, dict]:
-    """Reads the classifier file (tensors and plain values alone: it cannot run code)."""
+def load_classifier(path: Path, device: torch.device, test: Dataset | None = None) -> tuple[Classifier, dict]:
+    """Reads the classifier file (tensors and plain values alone: it cannot run code). Raises InputError if it is
+    none, or not for images like those of `test`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own remark when it is handed the .features.pt file
@@ -160,9 +169,15 @@ def load_classifier(path: str, device: torch.device) -> tuple[Classifier, dict]:
     except FileNotFoundError:
         raise InputError(f"no classifier {path}; train one with --dataset ... --out {path}") from None
     except Exception as error:  # whatever else a foreign file makes of itself
-        raise InputError(f"{path} is not a classifier that this script wrote ({type(error).__name__}); give the file "
-                         "named by --out, not the .features.pt beside it") from None
+        raise InputError(f"{path} is not a classifier that this script wrote ({type(error).__name__}); give the "
+                         "file named by --out, not the .features.pt beside it") from None
+    if test and (state["classes"], state["config"]["image_size"]) != (test.classes, test.images.shape[-1]):
+        raise InputError(f"{path} is of other classes or another image size than {test.name}; name another file")
     return model.to(device), state
+
+
+# ----------------------------------------------------------------------------------------------------
+# Judging
 
 
 def wanted_classes(source: Source, classes: list[str], image_size: int) -> torch.Tensor:
@@ -172,10 +187,11 @@ def wanted_classes(source: Source, classes: list[str], image_size: int) -> torch
     if size != image_size:
         raise InputError(f"{source.name} has images {size} pixels wide, the classifier is for {image_size}")
     if source.labels is None:
-        raise InputError(f"{source.name} does not say which class each image should be: give a .npz with `labels`, "
+        raise InputError(f"{source.name} does not say which class each image should be: give a .npz with `labels` "
                          "or a folder with a folder per class")
     # class folders are matched by name first; 0, 1, 2, ... in order, as a .npz has them, are class indices
-    names, numbers = ({name: i for i, name in enumerate(some)} for some in (classes, map(str, range(len(classes)))))
+    names = {name: i for i, name in enumerate(classes)}
+    numbers = {str(i): i for i in range(len(classes))}
     in_order = source.classes == [str(i) for i in range(len(source.classes))]
     index = names | numbers if in_order else numbers | names
     unknown = [source.classes[i] for i in source.labels.unique().tolist() if source.classes[i] not in index]
@@ -206,31 +222,31 @@ def main(argv: list[str] | None = None):
     """argv: the command line, for scripts that need a classifier; default what was typed."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--dataset", default="shapes", help="shapes, cifar10, or a folder of class folders, a .zip of one, or a .npz "
-        "with images and labels (default: shapes)")
+    add("--dataset", default="shapes", help="shapes, cifar10, or a folder of class folders, a .zip of one, or a "
+        ".npz with images and labels (default: shapes)")
     add("--test", help="with a PATH dataset: where the held-out images are (default: a random tenth of --dataset)")
     add("--data-dir", default="data", help="where datasets and caches live (default: data)")
-    add("--image-size", type=positive_int, help="shapes: the size to draw (default 16); a PATH dataset: crop to the "
-        "central square and resize to this")
+    add("--image-size", type=positive_int, help="shapes: the size to draw (default 16); a PATH dataset: crop to "
+        "the central square and resize to this")
     add("--num", type=positive_int, default=20_000, help="shapes: how many to draw for training (default: 20000)")
     add("--seed", type=int, default=1234, help="of the drawn shapes, the weights and the order; the generative "
         "model is trained on shapes of seed 0, so keep another (default: 1234)")
     add("--epochs", type=positive_int, default=6, help="passes over the training images (default: 6)")
     add("--steps", type=positive_int, help="train for this many batches instead of --epochs")
     add("--batch-size", type=positive_int, default=128, help="images per step (default: 128)")
-    add("--width", type=positive_int, default=32, help="channels of the first convolution; the features have up to "
-        "4 times as many (default: 32)")
-    add("--lr", type=float, default=4e-3, help="the highest learning rate of the one-cycle schedule (default: 0.004)")
-    add("--no-flip", action="store_true", help="no left-right flips; for images such as digits, whose mirror image "
-        "is another class")
+    add("--width", type=positive_int, default=32, help="channels of the first convolution; the features have up "
+        "to 4 times as many (default: 32)")
+    add("--lr", type=float, default=4e-3, help="highest learning rate of the one-cycle schedule (default: 0.004)")
+    add("--no-flip", action="store_true", help="no left-right flips; for images such as digits, whose mirror "
+        "image is another class")
     add("--out", type=Path, default=Path("classifier.pt"), help="where training writes the classifier; "
         "NAME.features.pt beside it is the TorchScript file for fid.py --features. TorchScript is code: open such "
         "files only from people you trust (default: classifier.pt)")
-    add("--classifier", metavar="FILE", help="do not train; read a classifier that an earlier call wrote with --out")
-    add("--generated", metavar="PATH", help="images to judge: a .npz with `images` (or `arr_0`) and `labels`, or a "
-        "folder with a folder per class, named by the class or its number")
+    add("--classifier", type=Path, metavar="FILE", help="do not train; read what an earlier call wrote with --out")
+    add("--generated", metavar="PATH", help="images to judge: a .npz with `images` (or `arr_0`) and `labels`, or "
+        "a folder with a folder per class, named by the class or its number")
     add("--json", action="store_true", help="print one JSON object instead of a table")
-    add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+    add("--device", choices=DEVICES, default="auto", help="(default: auto)")
     args = parser.parse_args(argv)
     if args.classifier and not args.generated:
         raise InputError("--classifier alone has nothing to do; add --generated PATH to judge images with it")

@@ -1,47 +1,43 @@
-"""Train full rank, truncate, distil: is it better than training low rank from the start, and what does it cost?
+"""Train full rank, truncate, distil: better than low rank from the start, and what does it cost?
 
     python experiments/compress.py                               CIFAR-10 at 16x16, model tiny: 20 minutes
     python experiments/compress.py --dataset data/cifar/train --test data/cifar/test --steps 4000
     python experiments/compress.py --teacher runs/001-cifar10-DiT-S-2-full --test cifar10
-    python experiments/compress.py --model DiT-S/2 --image-size 32 --steps 800000 --batch-size 128 -- --compile
+    python experiments/compress.py --model DiT-S/2 --image-size 32 --steps 800000 --batch-size 128 --compile
 
 NA-LR appendix E.2, Tables 6 and 7. The post-hoc pipeline (ELR-diffusion) has three parts: a full-rank teacher is
-trained; the singular value decomposition of its layers is cut to the ranks of the static method; the low-rank student
-is tuned to give the same eps as the teacher at the same x_t. Beside it stand the two presets of NA-LR, trained from the
-start: iso-compute has the student's sampling cost, iso-param its parameters. Measured is the denoising loss on held-out
-images, the same images, timesteps and noise for all, against all the multiply-adds that were spent on the way.
+trained; the singular value decomposition of its layers is cut to the ranks of the static method; the low-rank
+student is tuned to give the same output as the teacher at the same x_t. Beside it stand the two presets of NA-LR,
+trained from the start: iso-compute has the student's sampling cost, iso-param its parameters. Measured is the loss
+of eps on held-out images, the same images, timesteps and noise for all, against all the multiply-adds that were
+spent on the way.
 
-The student's folder serves sample.py as any run does: python sample.py --run OUT/s0/student. A stopped call goes on
-where it was.
+The student's folder serves sample.py as any run does: python sample.py --run OUT/s0/student. A stopped call goes
+on where it was. Flags that are not listed here go to train.py, for teacher and NA-LR runs, such as --predict eps.
 """
 
 import copy
-import functools
-import hashlib
 import json
-import math
 import sys
-import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's top level
+import common
 import flops
 import plot
 import train
-from data import (Dataset, InputError, Parser, add_image_flags, batch_indices, end_progress, load, load_held_out,
-                  pick_device, positive_int, read_checkpoint, run_script, settle_image_flags, show_progress, to_unit,
-                  write_then_rename)
+from common import GROUP_NAMES
 from lowrank import factorise
-from model import PRESETS, TRAINING, Config, DiT, config_from_flags, linear_layers, parameter_count
+from model import Config, DiT, linear_layers, parameter_count
 from sample import load_model
-from schedule import T, NoiseSchedule, add_noise
+from schedule import T, add_noise
+from script import (InputError, Parser, pick_device, pick_dtype, positive_int, run_script, sha256_of, to_device,
+                    write_then_rename)
 
-DEFAULTS = {"dataset": "cifar10", "image_size": None, "model": "tiny", "steps": 2000, "batch_size": 64}
 MODELS = ("full", "truncated", "student", "iso-compute", "iso-param")  # of the table
 
 # ----------------------------------------------------------------------------------------------------
@@ -59,98 +55,53 @@ def truncate(teacher: DiT, keep: float) -> DiT:
     return student
 
 
-def tuning_step(student: Config, teacher: Config, batch_size: int) -> int:
+def tuning_cost(student: Config, teacher: Config, batch_size: int) -> int:
     """Multiply-adds of one distillation step: the student forward and backward, the teacher forward."""
-    return flops.train_step(student, batch_size, penalty=0) + batch_size * flops.forward(teacher)
+    forward, _ = flops.at_timestep(teacher, T)  # every t costs the same
+    return flops.train_step(student, [T] * batch_size, penalty=False) + batch_size * forward
 
 
-def draw_batch(dataset: Dataset, step: int, s: dict, none: int, device: torch.device):
-    """x_t, t, y of tuning step `step`, as in train.py with t uniform. Every step seeds its own noise, so that a
-    resumed run needs no saved generator."""
-    g, host = (torch.Generator(d).manual_seed(s["seed"] * 1_000_003 + step) for d in (device, "cpu"))
-    t = torch.randint(1, T + 1, (s["batch_size"],), generator=host)
-    index = batch_indices(len(dataset.images), step, s["batch_size"], s["seed"], device)
-    x_0, y = to_unit(dataset.images[index]), dataset.labels[index]
-    if s["flip"]:
-        x_0 = torch.where(torch.rand(len(x_0), 1, 1, 1, device=device, generator=g) < 0.5, x_0.flip(3), x_0)
-    dropped = torch.rand(len(y), device=device, generator=g) < (s["label_dropout"] if dataset.classes else 2)
-    eps = torch.randn(x_0.shape, device=device, generator=g)
-    signal, noise = (a.to(device) for a in NoiseSchedule().coefficients(t))
-    return add_noise(x_0, eps, signal, noise), t.to(device), torch.where(dropped, none, y)
+def distillation_loss(student: DiT, teacher: DiT, batch: train.Batch, dtype: torch.dtype) -> torch.Tensor:
+    """The squared difference of what both models answer to the same x_t, mean over pixels: float32 (B,)."""
+    device = batch.x_0.device
+    signal, noise = (to_device(a, device) for a in train.NOISE.coefficients(batch.t))
+    x_t, t = add_noise(batch.x_0, batch.eps, signal, noise), to_device(batch.t, device)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with torch.no_grad():
+            wanted = teacher(x_t, t, batch.y)
+        output = student(x_t, t, batch.y)
+    return (output.float() - wanted.float()).square().mean((1, 2, 3))
 
 
-def distil(teacher: DiT, dataset: Dataset, folder: Path, s: dict, device: torch.device) -> DiT:
-    """Tunes the truncated teacher for s["steps"] steps and gives the EMA of its weights; goes on from folder/state.pt.
+def distil(teacher: DiT, folder: Path, flags: list[str], origin: str) -> DiT:
+    """Tunes the truncated teacher by the settings in `flags`, those of train.py for a static model, and gives the
+    EMA of its weights. Goes on where it was stopped. origin: the SHA-256 of the teacher's file, which must then be
+    the same."""
+    s = train.read_command_line(flags)[1]
+    made_of, known = json.dumps([origin, s.steps, s.lr]).encode(), folder / "distilled.json"
+    if known.exists() and known.read_bytes() != made_of:
+        raise InputError(f"{folder} holds a student of another teacher or other settings; choose another --out")
+    run = common.open_run(folder, flags)
+    write_then_rename(known, lambda file: file.write(made_of))
+    state, dtype = run.state, pick_dtype(s.dtype, run.processes.device)
+    if state.step == 0:
+        weights = truncate(teacher, state.model.config.keep).state_dict()
+        state.model.load_state_dict(weights)
+        state.ema.load_state_dict(weights)
 
-    s: the settings of train.py (of which steps, batch_size, lr, warmup, ema_decay, label_dropout, flip, dtype,
-    guidance, save_every and seed matter), keep, and teacher, the SHA-256 of its file
-    """
-    student = truncate(teacher, s["keep"]).requires_grad_(True).train()
-    ema = copy.deepcopy(student).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=s["lr"], weight_decay=0.0)
-    step, per_step = 0, tuning_step(student.config, teacher.config, s["batch_size"])
-    if (folder / "state.pt").exists():
-        state = read_checkpoint(folder / "state.pt", ("step", "model", "ema", "optimizer", "distillation"))
-        if state["distillation"] != s:
-            raise InputError(f"{folder} holds a student of another teacher or other settings; choose another --out")
-        step = state["step"]
-        for name, part in (("model", student), ("ema", ema), ("optimizer", optimizer)):
-            part.load_state_dict(state[name])
-    folder.mkdir(parents=True, exist_ok=True)
-    plot.write_json(folder / "config.json", {"dataset": dataset.name, "n_images": len(dataset.images),
-                                             "classes": dataset.classes, "model": asdict(student.config), "train": s})
-    train.keep_metrics(folder / "metrics.jsonl", step)
-    parameters, ema_parameters = list(student.parameters()), list(ema.parameters())
-    losses, clock, dataset = [], time.time(), dataset.to(device)
-    bfloat16 = device.type == "cuda" and s["dtype"] != "float32"
-    with open(folder / "metrics.jsonl", "a") as metrics:
-        while step < s["steps"]:
-            lr = train.learning_rate(step, 0, 0, s)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            x_t, t, y = draw_batch(dataset, step, s, teacher.config.num_classes, device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                with torch.no_grad():
-                    wanted = teacher(x_t, t, y)
-                loss = F.mse_loss(student(x_t, t, y).float(), wanted.float())
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            torch._foreach_lerp_(ema_parameters, parameters, 1 - min(s["ema_decay"], (1 + step) / (10 + step)))
-            losses.append(loss.detach())
-            step += 1
-            if step % s["save_every"] == 0 or step == s["steps"]:
-                mean, now = torch.stack(losses).mean().item(), time.time()
-                if not math.isfinite(mean):
-                    raise InputError(f"the distillation loss stopped being finite before step {step}; "
-                                     f"{folder} keeps its last good state: delete it and try a lower --tune-lr")
-                rate = len(losses) * s["batch_size"] / (now - clock)
-                line = dict(step=step, loss=mean, lr=lr, images_per_s=rate, flops=step * per_step)
-                metrics.write(json.dumps(line) + "\n")
-                metrics.flush()
-                show_progress(f"distillation: step {step}/{s['steps']}, loss {mean:.5f}, {rate:.0f} images/s")
-                final = dict(config=asdict(student.config), model=ema.state_dict(), classes=dataset.classes,
-                             guidance=s["guidance"], step=step)
-                state = dict(step=step, model=student.state_dict(), ema=ema.state_dict(),
-                             optimizer=optimizer.state_dict(), distillation=s)
-                for name, value in (("model.pt", final), ("state.pt", state)):
-                    write_then_rename(folder / name, functools.partial(torch.save, value))
-                losses, clock = [], time.time()
-    end_progress()
-    return ema
+    def take_step(batch: train.Batch) -> torch.Tensor:
+        losses = distillation_loss(state.model, teacher, batch, dtype)  # (B,)
+        losses.mean().backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        return losses.detach()
+
+    common.go_on(run, take_step, tuning_cost(state.model.config, teacher.config, s.batch_size))
+    return state.ema
 
 
 # ----------------------------------------------------------------------------------------------------
 # Table, words, picture
-
-
-def paper_table() -> list[dict]:
-    """Table 7: training FLOPs in the paper's accounting, as computed from shapes and as printed."""
-    rows = [row for row in flops.paper_rows() if "7" in row["table"].split()]
-    full = next(row for row in rows if row["method"] == "full")
-    return [{"method": row["method"], "keep": row["keep"], "computed, 1e18": row["train_flops"] / 1e18,
-             "of full": row["train_flops"] / full["train_flops"], "printed, 1e18": row["paper_train_flops"] / 1e18,
-             "of full, printed": row["paper_train_flops"] / full["paper_train_flops"]} for row in rows]
 
 
 def print_words(rows: dict, seeds: int, adaptive_steps: int) -> list[dict]:
@@ -165,146 +116,144 @@ def print_words(rows: dict, seeds: int, adaptive_steps: int) -> list[dict]:
         lower = sum(a < b for a, b in zip(ours["losses"], theirs["losses"]))
         cost, sampling, difference = (ours[key] / theirs[key] - 1 for key in ("training", "sampling", "loss"))
         which = "appears here" if lower == seeds else "is reversed here" if lower == 0 else "is not clear here"
-        found.append({"against": name, "loss": difference, "training": cost, "sampling": sampling, "lower_in": lower,
-                      "seeds": seeds})
-        print(f"Against {name} (equal {equal}): the student's loss is {difference:+.1%}, lower in {lower} of {seeds} "
-              f"({spread}),\n  for {cost:+.1%} multiply-adds in training and {sampling:+.1%} in sampling. The paper's "
-              f"trend, better for much\n  more training, {which if cost > 0.1 else 'is not tested by these costs'}.")
+        found.append({"against": name, "loss": difference, "training": cost, "sampling": sampling,
+                      "lower_in": lower, "seeds": seeds})
+        print(f"Against {name} (equal {equal}): the student's loss is {difference:+.1%}, lower in {lower} of "
+              f"{seeds} ({spread}),\n  for {cost:+.1%} multiply-adds in training and {sampling:+.1%} in sampling. "
+              "The paper's trend, better for much\n  more training, "
+              f"{which if cost > 0.1 else 'is not tested by these costs'}.")
     match = adaptive_steps * rows["student"]["training"] / rows["iso-compute"]["training"]
-    print(f"At the student's training cost iso-compute could have had about {match:,.0f} steps (--adaptive-steps).")
+    print(f"For the student's training cost iso-compute could have had {match:,.0f} steps (--adaptive-steps).")
     return found
 
 
-def draw(path: Path, rows: dict, groups: list[str]) -> None:
-    relative = {name: (list(range(1, 6)), [a / b for a, b in zip(row["by_group"], rows["full"]["by_group"])])
+def draw(path: Path, rows: dict) -> None:
+    groups, full = list(range(1, 6)), rows["full"]["loss_by_group"]
+    relative = {name: (groups, [a / b for a, b in zip(row["loss_by_group"], full)])
                 for name, row in rows.items()}  # full rank, too: a model keeps its colour in both charts
     cost = {name: ([row["training"]], [row["loss"]], [row["loss_sd"] or 0]) for name, row in rows.items()}
-    x = ", ".join(f"{i}: t {name}" for i, name in enumerate(groups, 1))
-    plot.save(path,
-              plot.line_chart(cost, "held-out loss against training", "multiply-adds of the whole training", "loss"),
-              plot.line_chart(relative, "held-out loss per noise group", x, "loss / loss of full rank", log_y=True))
+    x = ", ".join(f"{i}: t {name}" for i, name in enumerate(GROUP_NAMES, 1))
+    plot.save(path, plot.line_chart(cost, "held-out loss against training", "multiply-adds in training", "loss"),
+              plot.line_chart(relative, "held-out loss per noise group", x, "loss / full rank's", log_y=True))
+
+
+def report(rows: dict, args, predict: str) -> None:
+    """Tables, words, results.json and figure.png."""
+    print()
+    plot.print_table([{"model": row["model"], "params, M": row["parameters"] / 1e6, "loss": row["loss"],
+                       "100 DDIM steps": flops.amount(row["sampling"]), "sd": row["loss_sd"],
+                       "training": flops.amount(round(row["training"])),
+                       **dict(zip(GROUP_NAMES, row["loss_by_group"]))} for row in rows.values()],
+                     {"model": "", "params, M": ".2f", "100 DDIM steps": "", "training": "", "loss": ".5f",
+                      "sd": ".5f"} | dict.fromkeys(GROUP_NAMES, ".4g"))
+    print(f"truncated: the teacher before distillation; student: after {args.tune_steps:,} steps of it\n"
+          + common.about_losses(predict))
+    comparisons = print_words(rows, args.seeds, args.adaptive_steps)
+    print("The paper's costs, its Table 7, beside the ones that follow from shapes: python flops.py --paper")
+    plot.write_json(args.out / "results.json", dict(settings=vars(args), groups=GROUP_NAMES, predict=predict,
+                                                    rows=list(rows.values()), comparisons=comparisons))
+    draw(args.out / "figure.png", rows)
+    print(f"\nwrote {args.out / 'results.json'} and {args.out / 'figure.png'}")
 
 
 # ----------------------------------------------------------------------------------------------------
 # The script
 
 
-def main():
+def read_command_line():
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add_image_flags(parser)
-    add("--model", choices=PRESETS, metavar="NAME", help="tiny, or DiT-S/2 and the like (default tiny)")
-    add("--keep", type=float, default=0.5, help="share of the parameters that the student keeps (default 0.5)")
-    add("--steps", type=positive_int, help="training steps of the teacher (default 2000; the paper: 800000)")
-    add("--tune-steps", type=positive_int, help="of distillation (default: a quarter of --steps, as in the paper)")
-    add("--adaptive-steps", type=positive_int, help="training steps of iso-compute and iso-param (default: --steps)")
-    add("--batch-size", type=positive_int, help="images a step, everywhere (default 64; the paper: 128)")
+    common.add_run_flags(parser, "runs/compress")
+    add("--keep", type=float, default=0.5, metavar="P", help="share of the parameters that the student keeps "
+        "(default 0.5)")
+    add("--steps", type=positive_int, metavar="N", help="training steps of the teacher (default 2000; the paper: "
+        "800000)")
+    add("--tune-steps", type=positive_int, metavar="N", help="of distillation (default: a quarter of --steps, as "
+        "in the paper)")
+    add("--adaptive-steps", type=positive_int, metavar="N", help="training steps of iso-compute and iso-param "
+        "(default: --steps)")
     add("--tune-lr", type=float, metavar="F", help="highest learning rate of distillation (default: half that of "
         "training)")
-    add("--teacher", type=Path, metavar="RUN", help="a finished full-rank run of train.py; the flags above that say "
+    add("--teacher", type=Path, metavar="RUN", help="a finished full-rank run of train.py; the flags that say "
         "what and how long to train then default to its own (default: train one)")
-    add("--seeds", type=positive_int, default=1, help="repeat everything with so many seeds (default 1)")
-    add("--per-group", type=positive_int, default=1000, metavar="N", help="held-out samples in each of the five noise "
-        "groups (default 1000)")
-    add("--save-every", type=positive_int, default=50, metavar="N", help="distillation steps per save (default 50)")
-    add("--out", type=Path, default=Path("runs/compress"), help="folder of everything (default runs/compress)")
-    add("--device", choices=train.DEVICES, default="auto")
-    add("train_flags", nargs="*", metavar="-- FLAGS", help="after --: further flags of train.py for teacher and NA-LR "
-        "runs")
-    parser.set_defaults(dataset=None)  # so that --teacher can say
-    args = parser.parse_args()
-    known = DEFAULTS
+    common.add_repeat_flags(parser, per_group=1000)
+    parser.set_defaults(dataset=None, model=None, batch_size=None)  # so that --teacher can say
+    args = common.parse_flags(parser, ("--method",))
+    defaults = dict(dataset="cifar10", image_size=None, model="tiny", steps=2000, batch_size=64)
     if args.teacher:
         if args.seeds > 1:
-            parser.error("--teacher is one run; leave --seeds out")
-        config, _, done, _ = flops.read_run(args.teacher)
-        known = DEFAULTS | json.loads((args.teacher / "config.json").read_bytes())["train"]
-        known |= {"steps": done, "image_size": config.image_size}
-    for name in DEFAULTS:
+            raise InputError("--teacher is one run; leave --seeds out")
+        if not (args.teacher / "config.json").exists():
+            raise InputError(f"--teacher {args.teacher} has no config.json; give the folder of a run of train.py")
+        config, s, _ = train.read_config(args.teacher)
+        defaults = dict(dataset=s.dataset, image_size=config.image_size, model=s.model, steps=s.steps,
+                        batch_size=s.batch_size)
+    for name, value in defaults.items():
         if getattr(args, name) is None:
-            setattr(args, name, known[name])
-    defaults = TRAINING["tiny" if args.model == "tiny" else "DiT"]
-    tune_lr = 0.5 * defaults["lr"] if args.tune_lr is None else args.tune_lr
-    if not 0 < tune_lr < 1 or not 0 < args.keep <= 1:
-        parser.error("--tune-lr must lie between 0 and 1, --keep in (0, 1]")
-    tune_steps, adaptive_steps = args.tune_steps or max(1, args.steps // 4), args.adaptive_steps or args.steps
-    device = pick_device(args.device)
+            setattr(args, name, value)
+    args.tune_steps = args.tune_steps or max(1, args.steps // 4)
+    args.adaptive_steps = args.adaptive_steps or args.steps
+    if not 0 < args.keep <= 1 or (args.tune_lr is not None and not 0 < args.tune_lr < 1):
+        raise InputError("--tune-lr must lie between 0 and 1, --keep in (0, 1]")
+    common.settle_image_flags(args)
+    return args
 
-    def run_flags(method: str, seed: int) -> list[str]:
-        """of train.py"""
-        steps = args.steps if method == "full" else adaptive_steps
-        return ["--dataset", args.dataset, "--data-dir", args.data_dir, "--model", args.model, "--method", method,
-                "--keep", f"{args.keep:g}", "--seed", str(seed), "--steps", str(steps),
-                "--batch-size", str(args.batch_size), "--sample-every", "0", "--device", args.device,
-                *(["--image-size", str(args.image_size)] if args.image_size else []), *args.train_flags]
+
+def main():
+    args = read_command_line()
+    device = pick_device(args.device)
+    steps = {"full": args.steps, "student": args.tune_steps, "iso-compute": args.adaptive_steps,
+             "iso-param": args.adaptive_steps}
+    folders = [{name: args.out / f"s{seed}" / name for name in steps} for seed in range(args.seeds)]
+    if args.teacher:
+        folders[0]["full"] = args.teacher
+
+    def flags_of(method: str, seed: int) -> list[str]:
+        return common.run_flags(args, method=method, keep=args.keep, seed=seed, steps=steps[method])
 
     # everything that can be wrong is checked before anything is trained
-    settle_image_flags(args)
-    given = train.parse_arguments(run_flags("full", 0))[1]
-    settings = train.choose_settings({key: value for key, value in vars(given).items() if value is not None})
-    train.check_settings(settings)
-    test = load_held_out(args, 10_000)
-    datasets = [load(args.dataset, args.data_dir, "train", args.image_size, seed=seed)
-                for seed in range(args.seeds if args.dataset == "shapes" else 1)]
-    try:
-        config = config_from_flags(given, args.model, image_size=test.images.shape[-1], num_classes=len(test.classes))
-    except ValueError as error:
-        parser.error(str(error))
-    if args.teacher and (theirs := load_model(args.teacher, device)[0].config) != replace(config, keep=theirs.keep):
-        raise InputError(f"{args.teacher} is no full-rank model of these flags (it is {theirs.method}, for images of "
-                         f"{theirs.image_size}x{theirs.image_size} and {theirs.num_classes} classes); give its flags, "
-                         "after -- those of train.py")
+    test = common.load_held_out(args, 10_000)
+    settings, config = common.read_run_flags(flags_of("full", 0), test)
+    for of_seed in folders:
+        for name, folder in of_seed.items():
+            common.check_length(folder, steps[name])
+    if args.teacher:
+        theirs = load_model(args.teacher, device)[0].config
+        if theirs != replace(config, keep=theirs.keep):
+            raise InputError(f"{args.teacher} is no full-rank model of these flags (it is {theirs.method}, "
+                             f"predicts {theirs.predict}, for {theirs.num_classes} classes of "
+                             f"{theirs.image_size}x{theirs.image_size} images); give its flags")
+    tuning = dict(method="static", steps=args.tune_steps, lr=args.tune_lr or settings.lr / 2, curriculum_groups=0,
+                  orthogonality=0, weighting="none", timesteps="uniform")
 
-    results = {name: [] for name in MODELS}  # of every seed: (config, loss, loss by group, training multiply-adds)
-    for seed in range(args.seeds):
-        folders = {name: args.out / f"s{seed}" / name for name in MODELS}
-        folders["full"] = args.teacher or folders["full"]
+    results = {name: [] for name in MODELS}  # of every seed: (model, loss, loss by group, training multiply-adds)
+    for seed, of_seed in enumerate(folders):
         for method in ("full", "iso-compute", "iso-param"):
-            if method != "full" or not args.teacher:
-                print(f"\n{folders[method]}", flush=True)
-                train.main(["--resume", "--out", str(folders[method]), *run_flags(method, seed)])
-        teacher = load_model(folders["full"], device)[0]
-        s = settings | {"steps": tune_steps, "lr": tune_lr, "orthogonality": 0.0, "seed": seed, "keep": args.keep,
-                        "teacher": hashlib.sha256((folders["full"] / "model.pt").read_bytes()).hexdigest(),
-                        "save_every": args.save_every}
-        print(f"\n{folders['student']}", flush=True)
-        models = {"full": teacher, "truncated": truncate(teacher, args.keep),
-                  "student": distil(teacher, datasets[seed % len(datasets)], folders["student"], s, device),
-                  **{name: load_model(folders[name], device)[0] for name in MODELS[3:]}}
-        taught = flops.read_run(folders["full"])[3]
-        tuned = tune_steps * tuning_step(models["student"].config, teacher.config, args.batch_size)
-        spent = {"full": taught, "truncated": taught, "student": taught + tuned,
-                 **{name: flops.read_run(folders[name])[3] for name in MODELS[3:]}}
+            if of_seed[method] != args.teacher:
+                print(f"\n{of_seed[method]}", flush=True)
+                train.main(["--resume", "--out", str(of_seed[method]), *flags_of(method, seed)])
+        print(f"\n{of_seed['student']}", flush=True)
+        models = {name: load_model(of_seed[name], device)[0] for name in ("full", "iso-compute", "iso-param")}
+        models["truncated"] = truncate(models["full"], args.keep)
+        flags = flags_of("full", seed) + common.as_flags(tuning)  # of a flag given twice the last one counts
+        models["student"] = distil(models["full"], of_seed["student"], flags,
+                                   sha256_of(of_seed["full"] / "model.pt"))
+        spent = {name: common.spent(folder) for name, folder in of_seed.items()}
+        spent["truncated"] = spent["full"]
+        spent["student"] += spent["full"]
         for name in MODELS:
-            loss, by_group = train.held_out_loss(models[name], test, args.per_group)
-            results[name].append((models[name].config, loss, by_group, spent[name]))
+            results[name].append((models[name], *common.held_out_loss(models[name], test, args.per_group),
+                                  spent[name]))
 
     rows = {}
     for name, found in results.items():
-        configs, losses, by_group, spent = zip(*found)
-        rows[name] = {"model": name, "parameters": parameter_count(configs[0]), "sampling": flops.sampling(configs[0]),
+        models, losses, by_group, spent = zip(*found)
+        shape = models[0].config
+        rows[name] = {"model": name, "parameters": parameter_count(shape), "sampling": flops.sampling(shape),
                       "training": float(np.mean(spent)), "loss": float(np.mean(losses)), "losses": list(losses),
                       "loss_sd": float(np.std(losses, ddof=1)) if args.seeds > 1 else None,
-                      "by_group": np.mean(by_group, 0).tolist()}
-    groups = train.GROUP_NAMES
-    print()
-    plot.print_table([{"model": row["model"], "params, M": row["parameters"] / 1e6, "loss": row["loss"],
-                       "100 DDIM steps": flops.amount(row["sampling"]), "sd": row["loss_sd"],
-                       "training": flops.amount(round(row["training"])), **dict(zip(groups, row["by_group"]))}
-                      for row in rows.values()],
-                     {"model": "", "params, M": ".2f", "100 DDIM steps": "", "training": "", "loss": ".5f", "sd": ".5f"}
-                     | dict.fromkeys(groups, ".5f"))
-    print(f"truncated: the teacher before distillation; student: after {tune_steps:,} steps of it")
-    comparisons = print_words(rows, args.seeds, adaptive_steps)
-    print("\nThe paper's Table 7 (CelebA, DiT-S/2). Its compression row does not decode; computed: 800,000 steps of\n"
-          "full rank and 200,000 of distillation, three passes of the student and one of the teacher each:")
-    paper = paper_table()
-    plot.print_table(paper, {"method": "", "keep": "g", "computed, 1e18": ".3f", "of full": ".1%",
-                             "printed, 1e18": ".3f", "of full, printed": ".1%"})
-    plot.write_json(args.out / "results.json", {"groups": groups, "rows": list(rows.values()), "paper": paper,
-                                                "comparisons": comparisons, "tune_steps": tune_steps})
-    draw(args.out / "figure.png", rows, groups)
-    print(f"\nwrote {args.out / 'results.json'} and {args.out / 'figure.png'}")
+                      "loss_by_group": np.mean(by_group, 0).tolist()}
+    report(rows, args, config.predict)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ A chart function returns a PIL image and `save` puts one or more of them into a 
 
     chart = plot.line_chart({"full rank": (steps, losses), "half": (steps, others, spread)},
                             "Training loss", "steps", "loss", log_y=True)
-    plot.save("runs/loss.png", chart, another_chart, columns=2)
+    plot.save("runs/loss.png", chart, another_chart)
 
 Numbers come as lists, arrays or CPU tensors; None, NaN and infinities stand for values that are missing. A
 mistake of the caller is a ValueError. Pillow's own font has Latin letters, +, -, · and ±, but no Greek and no ×.
@@ -21,10 +21,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's top level
-from data import write_then_rename
+from script import write_then_rename
 
 # All geometry is in pixels of the finished chart. It is drawn SCALE times as large and shrunk at the end,
 # which smooths every edge.
@@ -54,8 +53,8 @@ def nice_ticks(values, log: bool = False, intervals: int = 6) -> list[float]:
         first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
         if high > 100 * low:
             every = math.ceil((last - first) / 8)
-            return [float(f"1e{k}") for k in range(first, last + every, every)]
-        ticks = [float(f"{m}e{k}") for k in range(first - 1, last + 2) for m in (1, 2, 5)]
+            return [float(f"1e{power}") for power in range(first, last + every, every)]
+        ticks = [float(f"{m}e{power}") for power in range(first - 1, last + 2) for m in (1, 2, 5)]
         return ticks[bisect.bisect_right(ticks, low) - 1:bisect.bisect_left(ticks, high) + 1]
     if high - low <= 1e-9 * max(abs(low), abs(high)):  # a constant: in the middle of some room
         low, high = low - (0.1 * abs(low) or 1), high + (0.1 * abs(high) or 1)
@@ -63,7 +62,7 @@ def nice_ticks(values, log: bool = False, intervals: int = 6) -> list[float]:
     power = 10.0 ** math.floor(math.log10(least))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= least * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [float(f"{k * step:.12g}") for k in range(first, last + 1)]  # 0.3, not 0.30000000000000004
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]  # 0.3, not 0.30000000000000004
 
 
 def tick_labels(ticks: list[float], log: bool = False) -> list[str]:
@@ -120,7 +119,8 @@ def _line(image: Image.Image, points, colour=INK, width: float = 1) -> None:
 _font = functools.lru_cache(ImageFont.load_default)
 
 
-def _text(image: Image.Image, x: float, y: float, text: str, anchor: str, room: float, size=TEXT, colour=INK) -> None:
+def _text(image: Image.Image, x: float, y: float, text: str, anchor: str, room: float, size=TEXT,
+          colour=INK) -> None:
     """One line of text, smaller where it is wider than `room`. anchor: lm, mm or rm, what of it lies at (x, y)."""
     while size > 1 and _font(size * SCALE).getlength(text) > room * SCALE:
         size -= 1
@@ -150,32 +150,31 @@ def _marker(image: Image.Image, x: float, y: float, outline: np.ndarray, colour)
 
 
 def _shrink(image: Image.Image) -> Image.Image:
-    return image.reduce(SCALE)  # the mean of each block: unlike Lanczos it adds no colours, and the PNG stays small
+    return image.reduce(SCALE)  # the mean of each block: unlike Lanczos it adds no colours; a smaller PNG
 
 
 # ----------------------------------------------------------------------------------------------------
 # Charts
 
 
-def line_chart(curves: Mapping[str, Sequence], title: str, x_label: str, y_label: str, log_x: bool = False,
-               log_y: bool = False, shade: bool | None = None, lines: bool = True) -> Image.Image:
+def line_chart(curves: Mapping[str, Sequence], title: str, x_label: str, y_label: str,
+               log_y: bool = False) -> Image.Image:
     """Curves with markers over two axes, the legend below.
 
     curves: {name: (xs, ys)} or {name: (xs, ys, spread)}, one-dimensional and equally long, drawn in the order of
-            xs as given; spread is shown as ys +- spread. A missing value leaves a gap, and so does one that is
-            not positive on a log axis. A curve named "" is not in the legend.
-    shade:  spread as a band (True) or as error bars (False); None: a band if the curve has more than 12 points
-    lines:  False leaves the points unjoined
+            xs as given; ys +- spread is shown as error bars, and as a band where there are more than 12 points.
+            A missing value leaves a gap, and so does one that is not positive on a log axis. A curve named ""
+            is not in the legend.
     """
     data = {}  # name -> xs, ys, ys - spread, ys + spread
     for name, curve in curves.items():
         if len(curve) not in (2, 3) or len({np.shape(values) for values in curve}) > 1 or np.ndim(curve[0]) != 1:
-            raise ValueError(f"curve {name!r} must be (xs, ys) or (xs, ys, spread), one-dimensional and equally long")
+            raise ValueError(f"curve {name!r} must be (xs, ys) or (xs, ys, spread), one-dimensional, equally long")
         xs, ys, spread = map(_numbers, curve if len(curve) == 3 else (*curve, np.zeros(np.shape(curve[0]))))
         data[name] = xs, ys, ys - np.nan_to_num(spread), ys + np.nan_to_num(spread)
     if not data:
         raise ValueError("a chart needs at least one curve")
-    x_ticks = nice_ticks(np.concatenate([xs for xs, *_ in data.values()]), log_x)
+    x_ticks = nice_ticks(np.concatenate([xs for xs, *_ in data.values()]))
     y_ticks = nice_ticks(np.concatenate([y for _, *ys in data.values() for y in ys]), log_y, 5)
 
     legend, right, row = {}, WIDTH, -1  # name -> where its line begins; as many names in a row as fit
@@ -187,60 +186,56 @@ def line_chart(curves: Mapping[str, Sequence], title: str, x_label: str, y_label
         right += width + 22
 
     image = _canvas(BOTTOM + 104 + 26 * row, title)
-    for x, label in zip(position(x_ticks, x_ticks, LEFT, RIGHT, log_x).round(), tick_labels(x_ticks, log_x)):
+    for x, label in zip(position(x_ticks, x_ticks, LEFT, RIGHT).round(), tick_labels(x_ticks)):
         _line(image, [(x, TOP), (x, BOTTOM + 5)], GRID)
         _text(image, x, BOTTOM + 18, label, "mm", min(52, (RIGHT - LEFT) / len(x_ticks)))
     for y, label in zip(position(y_ticks, y_ticks, BOTTOM, TOP, log_y).round(), tick_labels(y_ticks, log_y)):
         _line(image, [(LEFT - 5, y), (RIGHT, y)], GRID)
         _text(image, LEFT - 10, y, label, "rm", LEFT - 40)
-    for x in position(minor_ticks(x_ticks, log_x), x_ticks, LEFT, RIGHT, log_x).round():
-        _line(image, [(x, BOTTOM - 5), (x, BOTTOM)], GRID)
     for y in position(minor_ticks(y_ticks, log_y), y_ticks, BOTTOM, TOP, log_y).round():
         _line(image, [(LEFT, y), (LEFT + 5, y)], GRID)
     _text(image, (LEFT + RIGHT) / 2, BOTTOM + 46, x_label, "mm", RIGHT - LEFT + 40)
     _text_upwards(image, 17, y_label)
     _line(image, [(LEFT, TOP), (LEFT, BOTTOM), (RIGHT, BOTTOM)])
 
-    drawn = []  # per curve: pixels of xs, ys, ys - spread, ys + spread, and the stretches [start, stop) between gaps
+    drawn = []  # of each curve: pixels of xs, ys, ys - spread, ys + spread; stretches [start, stop) between gaps
     for xs, *ys in data.values():
-        x, (y, low, high) = position(xs, x_ticks, LEFT, RIGHT, log_x), position(ys, y_ticks, BOTTOM, TOP, log_y)
+        x, (y, low, high) = position(xs, x_ticks, LEFT, RIGHT), position(ys, y_ticks, BOTTOM, TOP, log_y)
         low = np.where(np.isnan(low), BOTTOM, low)  # ys - spread <= 0 on a log axis: down to its end
         changes = np.flatnonzero(np.diff(np.isfinite(x) & np.isfinite(y), prepend=False, append=False))
         drawn.append((x, y, low, high, list(zip(changes[::2], changes[1::2]))))
-    for (x, y, low, high, stretches), colour in zip(drawn, itertools.cycle(COLOURS)):  # every band below every curve
+    for (x, y, low, high, stretches), colour in zip(drawn, itertools.cycle(COLOURS)):  # bands below all curves
         if not (low > high).any():  # the pixel below is the larger one
             continue
         mask = Image.new("L", image.size)
-        as_band = len(x) > 12 if shade is None else shade
         for a, b in stretches:
-            if as_band and b - a > 1:
+            if len(x) > 12 and b - a > 1:
                 edge = [*zip(x[a:b], high[a:b]), *zip(x[a:b][::-1], low[a:b][::-1])]
                 ImageDraw.Draw(mask).polygon(_at(edge), 50)
                 continue
-            for k in range(a, b):
-                if low[k] > high[k]:
-                    _line(mask, [(x[k], low[k]), (x[k], high[k])], 255, 1.5)
-                    for end in (low[k], high[k]):
-                        _line(mask, [(x[k] - 4, end), (x[k] + 4, end)], 255, 1.5)
+            for i in range(a, b):
+                if low[i] > high[i]:
+                    _line(mask, [(x[i], low[i]), (x[i], high[i])], 255, 1.5)
+                    for end in (low[i], high[i]):
+                        _line(mask, [(x[i] - 4, end), (x[i] + 4, end)], 255, 1.5)
         image.paste(colour, mask=mask)
-    for i, (name, (x, y, _, _, stretches)) in enumerate(zip(data, drawn)):
-        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+    for number, (name, (x, y, _, _, stretches)) in enumerate(zip(data, drawn)):
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         few = sum(b - a for a, b in stretches) <= 30
-        last = LEFT + 8 * i - 80  # where many points lie, a marker every 80 pixels, elsewhere for each curve
+        last = LEFT + 8 * number - 80  # where many points lie, a marker every 80 pixels, elsewhere for each curve
         for a, b in stretches:
-            if lines and b - a > 1:
+            if b - a > 1:
                 _line(image, zip(x[a:b], y[a:b]), colour, 2.5)
-            for k in range(a, b):
-                if few or not lines or b - a == 1 or abs(x[k] - last) >= 80:
+            for i in range(a, b):
+                if few or b - a == 1 or abs(x[i] - last) >= 80:
                     if not few:  # a white rim sets it off from a noisy curve
-                        _marker(image, x[k], y[k], 1.3 * marker, "white")
-                    _marker(image, x[k], y[k], marker, colour)
-                    last = x[k]
+                        _marker(image, x[i], y[i], 1.3 * marker, "white")
+                    _marker(image, x[i], y[i], marker, colour)
+                    last = x[i]
         if not name:
             continue
         left, y = legend[name]
-        if lines:
-            _line(image, [(left, y), (left + 36, y)], colour, 2.5)
+        _line(image, [(left, y), (left + 36, y)], colour, 2.5)
         _marker(image, left + 18, y, marker, colour)
         _text(image, left + 44, y, name, "lm", RIGHT + 14 - left - 44)
     return _shrink(image)
@@ -257,7 +252,8 @@ def heat_map(values, row_names: Sequence, column_names: Sequence, title: str, co
     its cell with the format `spec`. Cells of missing numbers are grey. x_label names what the columns are."""
     values = _numbers(values)
     if values.shape != (len(row_names), len(column_names)) or not values.size:
-        raise ValueError(f"values {values.shape} do not fit {len(row_names)} row and {len(column_names)} column names")
+        raise ValueError(f"{values.shape} values do not fit {len(row_names)} row and {len(column_names)} column "
+                         "names")
     known = values[np.isfinite(values)]
     low, high = (known.min(), known.max()) if len(known) else (0.0, 0.0)
     image = _canvas(BOTTOM + 64, title)
@@ -294,14 +290,13 @@ def heat_map(values, row_names: Sequence, column_names: Sequence, title: str, co
 # Files and tables
 
 
-def save(path: Path | str, *images: Image.Image, columns: int = 2) -> None:
-    """Writes the images into one PNG, row by row, on white."""
-    if not images or columns < 1:
-        raise ValueError("save needs at least one image and at least one column")
-    columns = min(columns, len(images))
-    rows = [images[i:i + columns] for i in range(0, len(images), columns)]
+def save(path: Path | str, *images: Image.Image) -> None:
+    """Writes the images into one PNG, two in a row, on white."""
+    if not images:
+        raise ValueError("save needs at least one image")
+    rows = [images[i:i + 2] for i in range(0, len(images), 2)]
     width, heights = max(image.width for image in images), [max(image.height for image in row) for row in rows]
-    page = Image.new("RGB", (width * columns, sum(heights)), "white")
+    page = Image.new("RGB", (width * len(rows[0]), sum(heights)), "white")
     for r, row in enumerate(rows):
         for c, image in enumerate(row):
             page.paste(image, (width * c, sum(heights[:r])))
@@ -319,24 +314,18 @@ def print_table(rows: Sequence[Mapping], columns: Mapping[str, str]) -> None:
             return "-"
         return value.replace("|", "\\|") if isinstance(value, str) else format(value, spec)
 
-    table = [[cell(key, "") for key in columns]] + [[cell(row.get(k), columns[k]) for k in columns] for row in rows]
+    table = [[cell(key, "") for key in columns]] + [
+        [cell(row.get(key), spec) for key, spec in columns.items()] for row in rows]
     widths = [max(3, *map(len, column)) for column in zip(*table)]
     right = [any(not isinstance(row.get(key), str | None) for row in rows) for key in columns]
     table.insert(1, ["-" * (width - r) + ":" * r for width, r in zip(widths, right)])
     for line in table:
-        print("|", " | ".join(text.rjust(w) if r else text.ljust(w) for text, w, r in zip(line, widths, right)), "|")
-
-
-def relative_change(ours, theirs) -> tuple[float, float | None]:
-    """ours / theirs - 1, paired by seed (the first axis): the mean, and the half-width of its 95 % interval (Student's
-    t over the seeds); None for a single seed."""
-    change = np.asarray(ours, dtype=float) / np.asarray(theirs, dtype=float) - 1
-    n = len(change)
-    return change.mean(0), stats.t.ppf(0.975, n - 1) * change.std(0, ddof=1) / n**0.5 if n > 1 else None
+        cells = [text.rjust(w) if r else text.ljust(w) for text, w, r in zip(line, widths, right)]
+        print("|", " | ".join(cells), "|")
 
 
 def write_json(path: Path | str, value) -> None:
-    """Writes dicts, lists, texts, numbers, arrays and tensors as JSON; NaN and infinities become null."""
+    """Writes dicts, lists, texts, numbers, paths, arrays and tensors as JSON; NaN and infinities become null."""
     def plain(value):
         if isinstance(value, Mapping):
             return {key: plain(item) for key, item in value.items()}
@@ -344,6 +333,8 @@ def write_json(path: Path | str, value) -> None:
             return [plain(item) for item in value]
         if hasattr(value, "tolist"):  # arrays, tensors and their scalars
             return plain(value.tolist())
+        if isinstance(value, Path):
+            return str(value)
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     text = json.dumps(plain(value), indent=1, allow_nan=False) + "\n"

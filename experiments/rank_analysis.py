@@ -1,45 +1,48 @@
-"""Do noisier timesteps need fewer dimensions? The measurements that motivate NA-LR (appendix B), on a small budget.
+"""Do noisier timesteps need fewer dimensions? What motivates NA-LR (appendix B), measured on a small budget.
 
     python experiments/rank_analysis.py                     CIFAR-10 at 16x16, model tiny: minutes on two cores
     python experiments/rank_analysis.py --dataset shapes    the same without a download
-    python experiments/rank_analysis.py --model DiT-S/2 --image-size 32 --steps 800000 --group-steps 800000 \\
-        --checkpoints 20 --gradient-batch 512               the paper's size: a GPU, and 20 GB of checkpoints
+    python experiments/rank_analysis.py --model DiT-S/2 --image-size 32 --batch-size 128 --steps 800000 \\
+        --group-steps 800000 --checkpoints 20 --gradient-batch 512       a GPU, and 20 GB of checkpoints
 
 Timesteps fall into five groups of similar log-SNR (B.1). Seven models are trained: full rank, low rank (static, a
 tenth of each linear layer's parameters), and full rank on each group alone. Then
 
-    (a) B.2: effective rank and Frobenius norm of the full-rank model's gradient in each group, over its checkpoints
+    (a) B.2: effective rank and Frobenius norm of the full-rank model's gradient in each group, over checkpoints
     (b) B.3: effective rank and Frobenius norm of the weights of the five models trained on one group each
-    (c) B.4: what low rank adds to the held-out loss, along t
+    (c) B.4: what low rank adds to the held-out loss of eps, along t
     (d) B.6: the overlap of the groups' gradient subspaces in the full-rank model, over its checkpoints
 
-Weight matrices are the 2-D weights of the linear layers inside the blocks: adaLN, Q, K, V, Out and both MLP layers.
-Every figure is the mean over them; results.json has (a) and (b) for each matrix, too. Checkpoints hold the EMA of the
-weights, so that is what is measured. A model starts with zero adaLN and final layers (adaLN-Zero), through which no
-gradient passes to the rest: the first checkpoint comes after some training. A stopped script goes on when it is called
-again with the same flags.
+Gradients are those that training follows, of the loss of what the models predict. Weight matrices are the 2-D
+weights of the linear layers inside the blocks: adaLN, Q, K, V, Out and both MLP layers. Every figure is the mean
+over them; results.json has (a) and (b) for each matrix, too. Checkpoints hold the EMA of the weights, so that is
+what is measured. A model starts with zero adaLN and final layers (adaLN-Zero), through which no gradient passes to
+the rest: the first checkpoint comes after some training. A stopped script goes on when it is called again with the
+same flags. Flags that are not listed here go to train.py, such as --predict eps.
 """
 
-import json
 import math
 import statistics
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from scipy.stats import spearmanr
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's top level
+import common
 import plot
 import train
-from data import (Dataset, InputError, Parser, add_image_flags, load, load_held_out, pick_device, positive_int,
-                  run_script, settle_image_flags)
+from common import GROUP_EDGES, GROUP_NAMES
+from curriculum import uniform
+from data import Dataset, load
 from model import DiT, parameter_count
 from sample import load_model
 from schedule import T
+from script import Parser, pick_device, pick_dtype, positive_int, run_script, write_then_rename
 
-GROUPS = [(first, end - 1) for first, end in zip(train.GROUP_EDGES, train.GROUP_EDGES[1:])]
-NAMES = [f"t {name}" for name in train.GROUP_NAMES]
+GROUPS = [(first, end - 1) for first, end in zip(GROUP_EDGES, GROUP_EDGES[1:])]
 BIN = 20  # timesteps in a point of the loss curve
 BATCHES = 10  # in which the gradients of (a) are accumulated (B.2)
 KEEP = 0.1  # share of each linear layer's parameters that low rank leaves (B.4)
@@ -57,19 +60,20 @@ def effective_rank(matrix: torch.Tensor) -> float:
 
 
 def subspace(gradient: torch.Tensor, energy: float = ENERGY) -> torch.Tensor:
-    """B.6: the first k left singular vectors of a gradient (m, n), where k is the least number of singular values whose
-    squares hold the share `energy` of all. An orthonormal basis of output directions, float64 (m, k)."""
+    """B.6: the first left singular vectors of a gradient (m, n), as many as it takes for the squares of their
+    singular values to hold the share `energy` of all. An orthonormal basis of output directions, float64 (m, d).
+    """
     U, s, _ = torch.linalg.svd(gradient.double(), full_matrices=False)
     share = s.square().cumsum(0) / s.square().sum()
     return U[:, :int((share < energy).sum()) + 1]
 
 
 def overlap(U_1: torch.Tensor, U_2: torch.Tensor) -> float:
-    """B.6: the mean cosine of the principal angles between the spans of two orthonormal bases (m, k_1) and (m, k_2).
+    """B.6: the mean cosine of the principal angles between the spans of two orthonormal bases (m, d_1), (m, d_2).
 
-    The paper divides the sum of the singular values of U_1^T U_2 by "k", though each gradient has its own k. Here it
-    is divided by min(k_1, k_2), the number of principal angles that there are: a subspace inside another one overlaps
-    with it by 1. (max(k_1, k_2) would count dimensions that the smaller one does not have as orthogonal.)
+    The paper divides the sum of the singular values of U_1^T U_2 by "k", though each gradient has its own. Here it
+    is divided by min(d_1, d_2), the number of principal angles that there are: a subspace inside another one
+    overlaps with it by 1. (max(d_1, d_2) would count dimensions that the smaller one lacks as orthogonal.)
     """
     return torch.linalg.svdvals(U_1.T @ U_2).clamp(max=1).mean().item()
 
@@ -78,6 +82,32 @@ def measure(matrices: list[torch.Tensor]) -> tuple[float, float, list[float], li
     """Mean effective rank, mean Frobenius norm, and both of each matrix."""
     ranks, norms = [effective_rank(m) for m in matrices], [m.double().norm().item() for m in matrices]
     return statistics.mean(ranks), statistics.mean(norms), ranks, norms
+
+
+# ----------------------------------------------------------------------------------------------------
+# The models
+
+
+def checkpoint(step: int) -> str:
+    return f"model_{step:07d}.pt"
+
+
+def train_on(folder: Path, flags: list[str], first: int, last: int) -> None:
+    """Trains on the timesteps from first to last alone, and keeps the model of every save."""
+    print(f"\n{folder}", flush=True)
+    run = common.open_run(folder, flags)
+    state, dtype = run.state, pick_dtype(run.s.dtype, run.processes.device)
+    state.curriculum.base = uniform(T, first, last)
+
+    def take_step(batch: train.Batch) -> torch.Tensor:
+        return train.train_step(state.model, state, batch, run.s, dtype=dtype)
+
+    def keep_model() -> None:  # before the state: what a kill cuts off is done again
+        kept = dict(config=asdict(state.model.config), model=state.ema.state_dict(), classes=run.dataset.classes,
+                    guidance=run.s.guidance, step=state.step)
+        write_then_rename(folder / checkpoint(state.step), lambda file: torch.save(kept, file))
+
+    common.go_on(run, take_step, run.masked_cost, keep_model)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -90,12 +120,12 @@ def weight_matrices(model: DiT) -> dict[str, torch.nn.Parameter]:
 
 def group_gradients(model: DiT, dataset: Dataset, group: tuple[int, int], n: int, batches: int,
                     seed: int) -> list[torch.Tensor]:
-    """The gradient of the mean denoising loss over n samples with timesteps in `group`, for each weight matrix: float64
-    on the CPU. B.2, B.6.1.
+    """The gradient of the mean training loss over n samples with timesteps in `group`, for each weight matrix:
+    float64 on the CPU. B.2, B.6.1.
 
     Images and noise depend on the seed alone: they are the same for every group and checkpoint. The timesteps are
-    spread evenly over the group. Each of the batches is computed in float32, which leaves effective ranks within 1e-5
-    of those from float64; sums over batches and all singular values are float64.
+    spread evenly over the group. Each of the batches is computed in float32, which leaves effective ranks within
+    1e-5 of those from float64; sums over batches and all singular values are float64.
     """
     matrices = list(weight_matrices(model).values())
     model.requires_grad_(False)
@@ -108,15 +138,16 @@ def group_gradients(model: DiT, dataset: Dataset, group: tuple[int, int], n: int
     for b in range(batches):
         samples = range(b, n, batches)  # every batch covers the whole group
         images = order[torch.tensor(samples) % len(order)]
-        loss = train.noised_losses(model, dataset, images, all_t[samples], samples, seed).sum() / n
+        batch = common.noised_batch(model, dataset, images, all_t[samples], samples, seed)
+        loss = train.denoising_loss(model, model, batch).sum() / n
         for sum_, g in zip(total, torch.autograd.grad(loss, matrices)):
             sum_ += g.cpu()
     return total
 
 
 def gradient_similarity(gradients: list[list[torch.Tensor]], seed: int) -> dict:
-    """B.6.1 from gradients[group][matrix]: the overlap of each pair of groups, the mean over matrices; the same where
-    one subspace of the pair is replaced by a random one of its size; and the mean k of each group.
+    """B.6.1 from gradients[group][matrix]: the overlap of each pair of groups, the mean over matrices; the same
+    where one subspace of the pair is replaced by a random one of its size; and the mean dimension of each group.
 
     The random ones are ours: large subspaces overlap by chance, two of more than m/2 dimensions even necessarily.
     """
@@ -133,14 +164,15 @@ def gradient_similarity(gradients: list[list[torch.Tensor]], seed: int) -> dict:
                 chance[i, j] += overlap(bases[i], random)
     count = len(gradients[0])
     similarity, chance = ((a + a.T + count * torch.eye(n)) / count for a in (similarity, chance))
-    return {"similarity": similarity.tolist(), "chance": chance.tolist(), "dimensions": (dimensions / count).tolist()}
+    return {"similarity": similarity.tolist(), "chance": chance.tolist(),
+            "dimensions": (dimensions / count).tolist()}
 
 
 def pair_means(matrix: list[list[float]]) -> dict[str, float]:
-    """Means over pairs of the five groups: neighbours, all other pairs ("distant"), the pairs of the three noisiest
-    groups ("high t"), those of the three cleanest ("low t"), and all."""
-    chosen = {"neighbours": lambda i, j: j == i + 1, "distant": lambda i, j: j > i + 1, "high t": lambda i, j: i >= 2,
-              "low t": lambda i, j: j <= 2, "all": lambda i, j: True}
+    """Means over pairs of the five groups: neighbours, all other pairs ("distant"), the pairs of the three
+    noisiest groups ("high t"), those of the three cleanest ("low t"), and all."""
+    chosen = {"neighbours": lambda i, j: j == i + 1, "distant": lambda i, j: j > i + 1,
+              "high t": lambda i, j: i >= 2, "low t": lambda i, j: j <= 2, "all": lambda i, j: True}
     return {name: statistics.mean(matrix[i][j] for i in range(5) for j in range(i + 1, 5) if belongs(i, j))
             for name, belongs in chosen.items()}
 
@@ -150,29 +182,31 @@ def pair_means(matrix: list[list[float]]) -> dict[str, float]:
 
 
 def loss_difference(full: DiT, low_rank: DiT, dataset: Dataset, per_t: int, seed: int) -> dict:
-    """Held-out losses of both models at every t, on the same per_t images with the same noise; in bins of BIN timesteps
-    and in the five groups, with the standard error of the difference (of the pairs, so smaller than that of a loss)."""
+    """Held-out losses of both models at every t, on the same per_t images with the same noise; in bins of BIN
+    timesteps and in the five groups, with the standard error of the difference (of the pairs, so smaller than that
+    of a loss)."""
     t = torch.arange(1, T + 1).repeat(per_t)
     images = torch.randint(len(dataset.images), t.shape, generator=torch.Generator().manual_seed(seed))
-    losses = [train.denoising_losses(model, dataset, images, t, seed).view(per_t, T) for model in (full, low_rank)]
+    losses = [common.denoising_losses(net, dataset, images, t, seed).view(per_t, T) for net in (full, low_rank)]
 
     def means(parts):
         rows = []
         for first, last in parts:
             a, b = (loss[:, first - 1:last].flatten() for loss in losses)
+            error = (b - a).std().item() / len(a) ** 0.5
             rows.append({"t": [first, last], "full": a.mean().item(), "low_rank": b.mean().item(),
-                         "difference": (b - a).mean().item(), "standard_error": (b - a).std().item() / len(a) ** 0.5})
+                         "difference": (b - a).mean().item(), "standard_error": error})
         return rows
 
-    bins = means([(first, first + BIN - 1) for first in range(1, T, BIN)])
-    return {"bins": bins, "groups": means(GROUPS), "parameters": [parameter_count(m.config) for m in (full, low_rank)]}
+    return {"bins": means([(first, first + BIN - 1) for first in range(1, T, BIN)]), "groups": means(GROUPS),
+            "parameters": [parameter_count(model.config) for model in (full, low_rank)]}
 
 
 # ----------------------------------------------------------------------------------------------------
 # The paper's claims
 
 
-def rank_correlation(values: list[float]) -> float:
+def spearman(values: list[float]) -> float:
     """Spearman's correlation of the values with their place in the list; NaN if they do not differ."""
     return spearmanr(range(len(values)), values).statistic.item() if len(set(values)) > 1 else math.nan
 
@@ -192,16 +226,17 @@ def claims(results: dict) -> list[dict]:
         found.append({"section": section, "claim": claim, "verdict": verdict, "figures": figures})
 
     def falls_with_t(section, what, values):
-        rho = rank_correlation(values)
+        rho = spearman(values)
         add(section, f"{what} falls with t", trend(-rho),
-            f"{', '.join(format(v, '.3g') for v in values)}: rank correlation with the group {rho:+.2f}")
+            f"{', '.join(format(v, '.3g') for v in values)}: correlation with the group {rho:+.2f}")
 
     def over_training(values, section, what, sign):
-        steps, rho = [row["step"] for row in results["gradients"]], rank_correlation(values)
-        add(section, what, trend(sign * rho, len(values)), f"{values[0]:.3g} at step {steps[0]}, {values[-1]:.3g} at "
-            f"{steps[-1]}: rank correlation with the step {rho:+.2f}")
+        steps, rho = [row["step"] for row in results["gradients"]], spearman(values)
+        add(section, what, trend(sign * rho, len(values)), f"{values[0]:.3g} at step {steps[0]}, {values[-1]:.3g} "
+            f"at {steps[-1]}: correlation with the step {rho:+.2f}")
 
-    for section, rows, whose in (("B.2", results["gradients"], "gradients"), ("B.3", results["weights"], "weights")):
+    for section, whose in (("B.2", "gradients"), ("B.3", "weights")):
+        rows = results[whose]
         for key, name in (("effective_rank", "effective rank"), ("norm", "norm")):
             falls_with_t(section, f"{name} of {whose}", rows[-1][key])
             if section == "B.2":
@@ -216,16 +251,16 @@ def claims(results: dict) -> list[dict]:
     ratios = ", ".join(format(g["low_rank"] / g["full"], ".3g") for g in groups)
     add("B.4", "added loss is concentrated at low t",
         "appears" if sum(added) > 0 and low > timesteps else "does not appear",
-        f"the two cleanest groups, {timesteps:.0%} of the timesteps, have {low:.0%} of it; low rank / full rank by "
-        f"group: {ratios}")
+        f"the two cleanest groups, {timesteps:.0%} of the timesteps, have {low:.0%} of it; low rank / full rank "
+        f"by group: {ratios}")
 
     means, chance = ([pair_means(row[key]) for row in results["similarity"]] for key in ("similarity", "chance"))
     for claim, a, b in (("neighbouring groups are more similar", "neighbours", "distant"),
                         ("high-t groups are more similar than low-t ones", "high t", "low t")):
         true = sum(m[a] > m[b] for m in means)
-        add("B.6", claim, "appears" if true == len(means) else "does not appear" if true else "the opposite appears",
-            f"{a} {means[-1][a]:.3f}, {b} {means[-1][b]:.3f} at the end (by chance {chance[-1][a]:.3f}, "
-            f"{chance[-1][b]:.3f}); in this order at {true} of {len(means)} checkpoints")
+        verdict = "appears" if true == len(means) else "does not appear" if true else "the opposite appears"
+        add("B.6", claim, verdict, f"{a} {means[-1][a]:.3f}, {b} {means[-1][b]:.3f} at the end (by chance "
+            f"{chance[-1][a]:.3f}, {chance[-1][b]:.3f}); in this order at {true} of {len(means)} checkpoints")
     over_training([m["all"] for m in means], "B.6", "similarity of all pairs falls with training", -1)
     return found
 
@@ -240,124 +275,115 @@ def draw(results: dict) -> list:
     for title, key in (("(a) gradients", "gradients"), ("(b) weights of models trained on one group", "weights")):
         rows = results[key]
         for value, label in (("effective_rank", "effective rank"), ("norm", "Frobenius norm")):
-            curves = {name: ([r["step"] for r in rows], [r[value][g] for r in rows]) for g, name in enumerate(NAMES)}
-            panels.append(plot.line_chart(curves, title, "steps", label, log_y=(key, value) == ("gradients", "norm")))
+            curves = {f"t {name}": ([row["step"] for row in rows], [row[value][group] for row in rows])
+                      for group, name in enumerate(GROUP_NAMES)}
+            log_y = (key, value) == ("gradients", "norm")
+            panels.append(plot.line_chart(curves, title, "steps", label, log_y=log_y))
     bins = results["loss"]["bins"]
     t = [sum(b["t"]) / 2 for b in bins]
     added = [b["difference"] for b in bins], [b["standard_error"] for b in bins]
-    panels.append(plot.line_chart({"low rank - full rank (± standard error)": (t, *added)}, "(c) held-out loss", "t",
-                                  "loss added by low rank"))
+    panels.append(plot.line_chart({"low rank - full rank (± standard error)": (t, *added)}, "(c) held-out loss",
+                                  "t", "loss added by low rank"))
     panels.append(plot.line_chart({"low rank / full rank": (t, [b["low_rank"] / b["full"] for b in bins])},
                                   "(c) held-out loss", "t", "ratio of the losses"))
     rows = results["similarity"]
-    pairs = torch.tensor(rows[-1]["similarity"]).fill_diagonal_(math.nan)  # the 1 of a group with itself says nothing
-    short, title = [name[2:] for name in NAMES], f"(d) gradient subspaces at step {rows[-1]['step']}"
-    panels.append(plot.heat_map(pairs, short, short, title, "mean cosine", "t", "t", ".2f"))
-    steps, means = [r["step"] for r in rows], [pair_means(r["similarity"]) for r in rows]
+    pairs = torch.tensor(rows[-1]["similarity"]).fill_diagonal_(math.nan)  # a group with itself: 1 says nothing
+    title = f"(d) gradient subspaces at step {rows[-1]['step']}"
+    panels.append(plot.heat_map(pairs, GROUP_NAMES, GROUP_NAMES, title, "mean cosine", "t", "t", ".2f"))
+    steps, means = [row["step"] for row in rows], [pair_means(row["similarity"]) for row in rows]
     curves = {name: (steps, [m[name] for m in means]) for name in means[0]}
-    curves["all, by chance"] = steps, [pair_means(r["chance"])["all"] for r in rows]
+    curves["all, by chance"] = steps, [pair_means(row["chance"])["all"] for row in rows]
     panels.append(plot.line_chart(curves, "(d) gradient subspaces", "steps", "mean cosine"))
     return panels
 
 
-def train_run(folder: Path, steps: int, args, *flags: str) -> None:
-    """Trains a model, goes on with it, or finds it finished. Raises InputError for a run of another length, whose
-    learning rate took another course."""
-    try:
-        before = json.loads((folder / "config.json").read_text())["train"]["steps"]
-    except (OSError, ValueError, KeyError, TypeError):
-        before = steps  # there is none, or train.py will say what is wrong with it
-    if before != steps:
-        raise InputError(f"{folder} is a run of {before} steps, not {steps}; give its flags, or another --out")
-    print(f"\n--- {folder}")
-    settings = {"out": folder, "dataset": args.dataset, "data-dir": args.data_dir, "image-size": args.image_size,
-                "model": args.model, "steps": steps, "batch-size": args.batch_size, "seed": args.seed,
-                "device": args.device, "sample-every": 0, "save-every": steps // args.checkpoints}
-    settings = [text for name, value in settings.items() if value is not None for text in (f"--{name}", str(value))]
-    train.main(["--resume", *settings, *flags])
+def print_table(results: dict) -> None:
+    gradients, weights, similarity = (results[key][-1] for key in ("gradients", "weights", "similarity"))
+    table = {"gradient rank": (".1f", gradients["effective_rank"]), "gradient norm": (".3g", gradients["norm"]),
+             "dimensions": (".1f", similarity["dimensions"]), "weight rank": (".2f", weights["effective_rank"]),
+             "weight norm": (".3f", weights["norm"])}
+    for name, key, spec in (("full-rank loss", "full", ".4g"), ("low-rank loss", "low_rank", ".4g"),
+                            ("difference", "difference", ".3g"), ("± s.e.", "standard_error", ".1g")):
+        table[name] = spec, [row[key] for row in results["loss"]["groups"]]
+    full, low = results["loss"]["parameters"]
+    print(f"\nAt the last checkpoints: gradients of the full-rank model's own loss, and the dimensions that hold "
+          f"{ENERGY:.0%} of\ntheir energy; weights of models trained on one group; held-out losses, low rank with "
+          f"{low / full:.0%} of the\nparameters. {common.about_losses(results['predict'])}\n")
+    rows = [{"t": group} | {name: values[i] for name, (_, values) in table.items()}
+            for i, group in enumerate(GROUP_NAMES)]
+    plot.print_table(rows, {"t": ""} | {name: spec for name, (spec, _) in table.items()})
 
 
-def parse_arguments():
+def read_command_line():
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add_image_flags(parser)
-    add("--out", type=Path, default=Path("runs/rank_analysis"), metavar="DIR", help="folder of the seven runs, "
-        "results.json and figure.png (default runs/rank_analysis)")
-    add("--model", default="tiny", metavar="NAME", help="as in train.py (default tiny; the paper: DiT-S/2)")
+    common.add_run_flags(parser, "runs/rank_analysis")
     add("--steps", type=positive_int, default=1200, metavar="N", help="of the full-rank and the low-rank model "
         "(default 1200)")
-    add("--group-steps", type=positive_int, default=1000, metavar="N", help="of each model of one group (default 1000)")
-    add("--batch-size", type=positive_int, metavar="N", help="images per training step (default: train.py's)")
-    add("--checkpoints", type=positive_int, default=8, metavar="N", help="evenly spaced, so it divides both numbers of "
-        "steps; trends over training need five (default 8)")
-    add("--gradient-batch", type=positive_int, default=128, metavar="N", help="samples in each of the ten batches of "
-        "(a), and in the one of (d) (default 128; the paper: 512)")
-    add("--per-timestep", type=positive_int, default=20, metavar="N", help="held-out images at every t (default 20)")
+    add("--group-steps", type=positive_int, default=1000, metavar="N", help="of each model of one group (default "
+        "1000)")
+    add("--checkpoints", type=positive_int, default=8, metavar="N", help="evenly spaced, so it divides both "
+        "numbers of steps; trends over training need five (default 8)")
+    add("--gradient-batch", type=positive_int, default=128, metavar="N", help="samples in each of the ten batches "
+        "of (a), and in the one of (d) (default 128; the paper: 512)")
+    add("--per-timestep", type=positive_int, default=20, metavar="N", help="held-out images a t (default 20)")
     add("--seed", type=int, default=0, metavar="N", help="of everything (default 0)")
-    add("--device", choices=train.DEVICES, default="auto")
-    args = parser.parse_args()
-    if not 0 <= args.seed < 2**31:
-        parser.error(f"--seed {args.seed} must lie in 0..2**31 - 1")
+    args = common.parse_flags(parser, ("--method", "--keep", "--save-every", "--curriculum-groups", "--timesteps"))
     for flag, steps in (("--steps", args.steps), ("--group-steps", args.group_steps)):
         if steps % args.checkpoints or steps < 10 * args.checkpoints:
-            parser.error(f"{flag} {steps} must be a multiple of --checkpoints {args.checkpoints}, ten times it or more")
-    settle_image_flags(args)
+            parser.error(f"{flag} {steps} must be a multiple of --checkpoints {args.checkpoints}, ten times it or "
+                         "more")
+    common.settle_image_flags(args)
     return args
 
 
 def main():
-    args = parse_arguments()
+    args = read_command_line()
     device = pick_device(args.device)
-    test = load_held_out(args, 2000)
+    test = common.load_held_out(args, 2000)
     training = load(args.dataset, args.data_dir, "train", args.image_size, seed=args.seed)
 
     # the seven models
-    train_run(args.out / "full", args.steps, args, "--method", "full", "--keep-models")
-    train_run(args.out / "low_rank", args.steps, args, "--method", "static", "--keep", str(KEEP))
     alone = [args.out / f"t_{first}-{last}" for first, last in GROUPS]
-    for folder, (first, last) in zip(alone, GROUPS):
-        train_run(folder, args.group_steps, args, "--method", "full", "--keep-models", "--t-range", f"{first}-{last}")
+    ranges = {args.out / "full": (1, T), args.out / "low_rank": (1, T)} | dict(zip(alone, GROUPS))
+    flags = {}
+    for folder in ranges:
+        steps = args.group_steps if folder in alone else args.steps
+        method = dict(method="static", keep=KEEP) if folder.name == "low_rank" else dict(method="full")
+        common.check_length(folder, steps)
+        flags[folder] = common.run_flags(args, **method, steps=steps, save_every=steps // args.checkpoints,
+                                         seed=args.seed)
+        _, config = common.read_run_flags(flags[folder], test)
+    for folder, (first, last) in ranges.items():
+        train_on(folder, flags[folder], first, last)
     torch.set_float32_matmul_precision("highest")  # training on CUDA allows TF32, too coarse for small gradients
 
     # (a), (b), (d) at each checkpoint, then (c)
     keys = ("effective_rank", "norm", "effective_rank_by_matrix", "norm_by_matrix")  # each a list over the groups
-    results = {"settings": vars(args) | {"out": str(args.out)}, "groups": GROUPS, "gradients": [], "weights": [],
+    results = {"settings": vars(args), "predict": config.predict, "groups": GROUPS, "gradients": [], "weights": [],
                "similarity": []}
     print()
-    for k in range(1, args.checkpoints + 1):
-        step, group_step = (steps // args.checkpoints * k for steps in (args.steps, args.group_steps))
-        full, _ = load_model(args.out / "full", device, f"model_{step:07d}.pt")
+    for number in range(1, args.checkpoints + 1):
+        step, group_step = (steps // args.checkpoints * number for steps in (args.steps, args.group_steps))
+        full, _ = load_model(args.out / "full", device, checkpoint(step))
         rows = [measure(group_gradients(full, training, group, BATCHES * args.gradient_batch, BATCHES, args.seed))
                 for group in GROUPS]
         results["gradients"].append({"step": step} | dict(zip(keys, zip(*rows))))
         one_batch = [group_gradients(full, training, group, args.gradient_batch, 1, args.seed) for group in GROUPS]
         results["similarity"].append({"step": step} | gradient_similarity(one_batch, args.seed))
-        models = [load_model(folder, device, f"model_{group_step:07d}.pt")[0] for folder in alone]
+        models = [load_model(folder, device, checkpoint(group_step))[0] for folder in alone]
         rows = [measure([p.cpu() for p in weight_matrices(model).values()]) for model in models]
         results["weights"].append({"step": group_step} | dict(zip(keys, zip(*rows))))
-        print(f"measured checkpoint {k} of {args.checkpoints}", flush=True)
+        print(f"measured checkpoint {number} of {args.checkpoints}", flush=True)
     results["matrices"] = list(weight_matrices(full))
     low_rank, _ = load_model(args.out / "low_rank", device)
     results["loss"] = loss_difference(full, low_rank, test, args.per_timestep, args.seed)
     results["claims"] = claims(results)
     plot.save(args.out / "figure.png", *draw(results))
     plot.write_json(args.out / "results.json", results)
-
-    gradients, weights, similarity = (results[key][-1] for key in ("gradients", "weights", "similarity"))
-    full_parameters, low_parameters = results["loss"]["parameters"]
-    table = {"gradient rank": (".1f", gradients["effective_rank"]), "gradient norm": (".3g", gradients["norm"]),
-             "k": (".1f", similarity["dimensions"]), "weight rank": (".2f", weights["effective_rank"]),
-             "weight norm": (".3f", weights["norm"])}
-    for name, key, spec in (("full-rank loss", "full", ".5f"), ("low-rank loss", "low_rank", ".5f"),
-                            ("difference", "difference", ".5f"), ("± s.e.", "standard_error", ".1g")):
-        table[name] = spec, [row[key] for row in results["loss"]["groups"]]
-    print("\nAt the last checkpoints: gradients of the full-rank model, and k, the dimensions of "
-          f"{ENERGY:.0%} of their energy;\nweights of models trained on one group; held-out losses, low rank having "
-          f"{low_parameters / full_parameters:.0%} of the parameters\n")
-    plot.print_table([{"group": NAMES[g]} | {name: values[g] for name, (_, values) in table.items()} for g in range(5)],
-                     {"group": ""} | {name: spec for name, (spec, _) in table.items()})
+    print_table(results)
     print(f"\nThe paper's claims, after {args.steps:,} steps ({args.group_steps:,} on one group), one seed; "
-          "a trend is a rank correlation of 0.9 or more\n")
+          "a trend is a Spearman\ncorrelation of 0.9 or more\n")
     for c in results["claims"]:
         print(f"{c['section']} {c['claim']}: {c['verdict'].upper()}\n     {c['figures']}")
     print(f"\nwrote {args.out / 'figure.png'} and {args.out / 'results.json'}")

@@ -1,0 +1,312 @@
+"""What the scripts that compare models share: flags, held-out images and losses, runs that are measured once.
+
+Each of them trains its models by train.py's own command line, in folders under --out, and judges them by images
+that they have not seen. Read train.py before; plot.py draws the charts and prints the tables.
+"""
+
+import json
+import math
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import stats
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's top level
+import curves
+import plot
+import train
+from data import DATASETS, Dataset, decode, load, open_source, to_unit
+from model import PRESETS, Config, DiT, preset_config
+from sample import ImageNoise, draw_images, load_model
+from schedule import T, eps_loss_factor
+from script import (DEVICES, InputError, Parser, Processes, end_progress, flag, pick_device, positive_int,
+                    sha256_of, write_then_rename)
+
+GROUP_EDGES = [*train.LOSS_GROUPS, T + 1]  # five groups of timesteps of similar log-SNR, NA-LR B.1
+GROUP_NAMES = [f"{first}-{end - 1}" for first, end in zip(GROUP_EDGES, GROUP_EDGES[1:])]
+
+# ----------------------------------------------------------------------------------------------------
+# Images, flags
+
+
+def add_image_flags(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--dataset", default="cifar10", metavar="NAME|PATH", help=f"what to train on: {', '.join(DATASETS)}, or a "
+        "folder, .zip or .npz (default cifar10, downloaded once)")
+    add("--test", metavar="NAME|PATH", help="images to hold out; needed with a PATH (default: the test split of a "
+        "named dataset)")
+    add("--data-dir", default="data", metavar="DIR", help="where datasets and caches are kept (default data)")
+    add("--image-size", type=positive_int, metavar="N", help="draw or resize images to this size (default 16; a "
+        ".npz is taken as it is)")
+
+
+def settle_image_flags(args: Namespace) -> None:
+    """Fills in args.test and args.image_size. Raises InputError if there is nothing to hold out."""
+    if not args.test and args.dataset not in DATASETS:
+        raise InputError(f"{args.dataset} has no test split of its own; add --test with images to hold out")
+    args.test = args.test or args.dataset
+    args.image_size = args.image_size or (None if args.dataset.lower().endswith(".npz") else 16)
+    note_if_same(args.dataset, args.test)
+
+
+def note_if_same(dataset: str, test: str) -> None:
+    if dataset not in DATASETS and Path(dataset).resolve() == Path(test).resolve():  # names have a test split
+        print(f"note: --test is --dataset {dataset}: the held-out images are the training images")
+
+
+def load_held_out(args: Namespace, num: int) -> Dataset:
+    """The images that models trained on args.dataset are judged by (of shapes, `num`). Raises InputError if they
+    have other classes or another size than those of args.dataset."""
+    source = open_source(args.dataset, args.data_dir, image_size=args.image_size, num=10)  # shapes: one a class
+    test = load(args.test, args.data_dir, "test", args.image_size, num)
+    if (source.classes, source.read(0, 1).shape[1:]) != (test.classes, test.images.shape[1:]):
+        raise InputError(f"--test {args.test} has other classes or another image size than {args.dataset}")
+    return test
+
+
+def add_run_flags(parser: Parser, out: str) -> None:
+    add_image_flags(parser)
+    add = parser.add_argument
+    add("--model", choices=PRESETS, metavar="NAME", default="tiny", help="tiny, DiT-S/2, ... (default tiny)")
+    add("--batch-size", type=positive_int, metavar="N", default=64, help="images a step (default 64; paper: 128)")
+    add("--device", choices=DEVICES, default="auto", help="(default auto)")
+    add("--out", type=Path, metavar="DIR", default=Path(out), help=f"folder of everything (default {out})")
+
+
+def add_repeat_flags(parser: Parser, seeds: int = 1, per_group: int = 2000) -> None:
+    add = parser.add_argument
+    add("--seeds", type=positive_int, metavar="N", default=seeds, help="repeat with seeds 0 to N-1; from two on, "
+        f"differences can be told from chance, if barely: take three (default {seeds})")
+    add("--per-group", type=positive_int, metavar="N", default=per_group, help="held-out samples in each of the "
+        f"five noise groups (default {per_group})")
+
+
+def add_sample_flags(parser: Parser, num: int, guidance: float, steps: int) -> None:
+    add = parser.add_argument
+    add("--num", type=int, metavar="N", default=num, help="samples of each run to judge; 0: none. A Frechet "
+        f"distance is biased upwards, the more the fewer samples: compare equal numbers (default {num})")
+    add("--guidance", type=float, metavar="W", default=guidance, help=f"of the samples (default {guidance})")
+    add("--sampling-steps", type=positive_int, metavar="N", default=steps, help=f"of DDIM (default {steps})")
+
+
+def check_sample_flags(args: Namespace) -> None:
+    if args.num < 0 or args.num == 1 or not math.isfinite(args.guidance) or args.sampling_steps > T:
+        raise InputError("--num takes 0, or at least 2; --guidance a finite number; --sampling-steps at most 1000")
+
+
+def parse_flags(parser: Parser, own: Iterable[str]) -> Namespace:
+    """What was typed. Flags that the parser does not know are meant for train.py: `train_flags`. Raises InputError
+    for those of them that the script sets itself, `own`."""
+    args, args.train_flags = parser.parse_known_args([word for word in sys.argv[1:] if word != "--"])
+    for word in args.train_flags:
+        if word.split("=")[0] in {"--seed", "--resume", *own}:
+            raise InputError(f"{word} is set by this script; leave it out")
+    return args
+
+
+def choose(name: str, text: str, allowed: Iterable[str]) -> list[str]:
+    """The words of a flag such as --only, separated by commas. Raises InputError for an unknown one."""
+    words = list(dict.fromkeys(text.split(",")))
+    if unknown := [word for word in words if word not in allowed]:
+        raise InputError(f"{name} {unknown[0]!r} is unknown; use {', '.join(allowed)}, separated by commas")
+    return words
+
+
+def as_flags(settings: dict) -> list[str]:
+    """{"log_every": 1, "restart": False, "lr": None} -> --log-every 1 --no-restart"""
+    words = []
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            words.append(flag(name) if value else flag(f"no_{name}"))
+        elif value is not None:
+            words += [flag(name), str(value)]
+    return words
+
+
+def run_flags(args: Namespace, **settings) -> list[str]:
+    """The command line of train.py for a run, but for --out: what a script's runs share, then `settings`."""
+    shared = dict(dataset=args.dataset, data_dir=args.data_dir, image_size=args.image_size, model=args.model,
+                  batch_size=args.batch_size, device=args.device, sample_every=0)
+    return as_flags(shared | settings) + args.train_flags
+
+
+def read_run_flags(flags: list[str], images: Dataset) -> tuple[train.Settings, Config]:
+    """What train.py will make of a command line and of images like these. Raises InputError."""
+    _, s, given, _ = train.read_command_line(flags)
+    return s, preset_config(s.model, given, image_size=images.images.shape[-1], num_classes=len(images.classes))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Held-out losses
+
+
+def noised_batch(model: DiT, dataset: Dataset, images: torch.Tensor, t: torch.Tensor, samples: range,
+                 seed: int) -> train.Batch:
+    """Image number images[i] of `dataset` at timestep t[i], both int64 (B,), with the noise of sample samples[i]
+    of the seed: the same whatever the model and the batch."""
+    device = model.position.device
+    x_0 = to_unit(dataset.images[images]).to(device)
+    y = dataset.labels[images] if dataset.classes else torch.full_like(images, model.config.num_classes)
+    return train.Batch(x_0, y.to(device), ImageNoise(seed, samples, x_0.shape[1:], device)(), t)
+
+
+@torch.no_grad()
+def denoising_losses(model: DiT, dataset: Dataset, images: torch.Tensor, t: torch.Tensor, seed: int = 0,
+                     batch_size: int = 250) -> torch.Tensor:
+    """The loss of eps, whatever the model predicts, of image number images[i] of `dataset` at timestep t[i], both
+    int64 (N,): float64 (N,) on the CPU."""
+    losses = []
+    for first in range(0, len(t), batch_size):
+        samples = range(first, min(first + batch_size, len(t)))
+        batch = noised_batch(model, dataset, images[samples], t[samples], samples, seed)
+        losses.append(train.denoising_loss(model, model, batch).double().cpu())
+    return torch.cat(losses) * eps_loss_factor(model.config.predict, train.NOISE)[t]
+
+
+def held_out_loss(model: DiT, dataset: Dataset, per_group: int = 1000, seed: int = 0) -> tuple[float, list[float]]:
+    """The loss of eps on images the model has not seen: its mean over all t, and in each of the five groups. Every
+    model meets the same images, noise and timesteps, which are spread evenly over each group, so that differences
+    between models are not those of the draw."""
+    places = (torch.arange(per_group, dtype=torch.float64) + 0.5) / per_group
+    t = torch.cat([first + (places * (end - first)).long() for first, end in zip(GROUP_EDGES, GROUP_EDGES[1:])])
+    order = torch.randperm(len(dataset.images), generator=torch.Generator().manual_seed(seed))  # mixes the classes
+    losses = denoising_losses(model, dataset, order[torch.arange(len(t)) % len(order)], t, seed)
+    by_group = losses.view(5, per_group).mean(1)
+    share = torch.tensor(GROUP_EDGES, dtype=torch.float64).diff() / T
+    return (share * by_group).sum().item(), by_group.tolist()
+
+
+# ----------------------------------------------------------------------------------------------------
+# Runs
+
+
+def check_length(folder: Path, steps: int) -> None:
+    """Raises InputError if the folder holds a run of another length: its learning rate took another course."""
+    try:
+        before = json.loads((folder / "config.json").read_text())["train"]["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # there is none, or train.py will say what is wrong with it
+    if before != steps:
+        raise InputError(f"{folder} is a run of {before} steps, not {steps}; ask for as many as then, or choose "
+                         "another --out")
+
+
+def open_run(folder: Path, flags: list[str]) -> train.Run:
+    """A run as train.py begins it or resumes it, for steps of another kind (`go_on`)."""
+    _, s, given, saved = train.read_command_line(["--resume", "--out", str(folder), *flags])
+    processes = Processes(pick_device(s.device))
+    source = open_source(s.dataset, s.data_dir, image_size=s.image_size, seed=s.seed)
+    config = train.choose_config(source, s, given, saved, processes)
+    dataset, state = decode(source, s.data_dir).to(processes.device), train.State(s, config, processes.device)
+    if saved and (folder / "state.pt").exists():
+        train.load(folder / "state.pt", s, state, processes)
+    return train.Run(train.start_folder(folder, s, state, dataset, processes), s, state, dataset, processes)
+
+
+def go_on(run: train.Run, take_step: Callable[[train.Batch], torch.Tensor], cost: int,
+          before_save: Callable[[], None] = lambda: None) -> None:
+    """The loop of train.py, without a curriculum, from where the run stands to its last step. take_step moves the
+    weights and gives the losses (B,) of a batch, for `cost` multiply-adds."""
+    s, state, log = run.s, run.state, train.Log(run)
+    while state.step < s.steps:
+        lr = train.learning_rate(state.step, 0, 0, s)
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
+        batch, t = train.draw_batch(run.dataset, state, s)
+        state.losses.append(take_step(batch))
+        state.timesteps.append(t)
+        train.update_ema(state, s)
+        state.spent += cost
+        state.step += 1
+        if len(state.losses) == s.log_every or state.step == s.steps:
+            if not torch.stack(state.losses).isfinite().all():
+                raise InputError(f"the loss stopped being finite before step {state.step}; delete {run.folder} "
+                                 "and try a lower learning rate")
+            log.write(lr)
+        if state.step % s.save_every == 0 or state.step == s.steps:
+            before_save()
+            train.save(run)
+        if not state.losses:
+            log.clock = time.time()
+    end_progress()
+
+
+def measured(folder: Path, flags: list[str], depends: dict) -> dict | None:
+    """What measured.json says of a run; None if it is not there, damaged, or of other flags or weights, or of
+    another of the things that the measurement depends on."""
+    try:
+        saved = json.loads((folder / "measured.json").read_text())
+        weights = sha256_of(folder / "model.pt")
+        return saved["result"] if saved["of"] == dict(flags=flags, weights=weights, **depends) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def train_and_measure(folder: Path, flags: list[str], depends: dict, device: torch.device,
+                      measure: Callable[[DiT, Path], dict]) -> dict:
+    """What `measure(model, folder)` says of the run with these flags of train.py, which is trained, gone on with
+    or found finished. Measured once for the same flags, weights and what else the measurement `depends` on."""
+    result = measured(folder, flags, depends)
+    if result is None:
+        train.main(["--resume", "--out", str(folder), *flags])
+        result = measure(load_model(folder, device)[0], folder)
+        of = dict(flags=flags, weights=sha256_of(folder / "model.pt"), **depends)
+        plot.write_json(folder / "measured.json", dict(of=of, result=result))
+    return result
+
+
+def losses_and_cost(model: DiT, folder: Path, held_out: Dataset, per_group: int) -> dict:
+    loss, by_group = held_out_loss(model, held_out, per_group)
+    return dict(loss=loss, loss_by_group=by_group, flops=spent(folder))
+
+
+def spent(folder: Path) -> int:
+    """Multiply-adds of a run's training. Raises InputError."""
+    flops = curves.read_log(folder)[-1].get("flops")
+    if not curves.is_number(flops):
+        raise InputError(f"{folder / 'metrics.jsonl'} does not tell the cost; delete {folder} to train it again")
+    return flops
+
+
+def write_samples(model: DiT, classes: int, path: Path, num: int, steps: int, guidance: float) -> None:
+    """`num` images, the classes in turn, as sample.py writes them into a .npz."""
+    drawn, batch = [], 100 if model.position.device.type == "cpu" else 500
+    for first in range(0, num, batch):
+        indices = range(first, min(first + batch, num))
+        drawn.append(draw_images(model, indices, list(range(classes)), steps=steps, guidance=guidance))
+    images, labels = map(torch.cat, zip(*drawn))
+    arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy(), "labels": labels.numpy()}
+    write_then_rename(path, lambda file: np.savez(file, **arrays))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Figures of several runs
+
+
+def about_losses(predict: str) -> str:
+    return f"The models predict {predict}. Losses are those of eps, whatever a model predicts: so they compare."
+
+
+def mean_and_sd(values: list[float], spec: str) -> str | None:
+    """0.12 ± 0.03, the standard deviation over seeds; None where a value is not known."""
+    if None in values:
+        return None
+    return format(np.mean(values), spec) + (f" ± {np.std(values, ddof=1):{spec}}" if len(values) > 1 else "")
+
+
+def relative_change(ours, theirs) -> tuple[float, float | None]:
+    """ours / theirs - 1, paired by seed (the first axis): the mean, and the half-width of its 95 % interval
+    (Student's t over the seeds); None for a single seed."""
+    change = np.asarray(ours, dtype=float) / np.asarray(theirs, dtype=float) - 1
+    n = len(change)
+    return change.mean(0), stats.t.ppf(0.975, n - 1) * change.std(0, ddof=1) / n**0.5 if n > 1 else None
+
+
+def loss_changes(runs: list[dict], others: list[dict]) -> tuple[np.ndarray, np.ndarray | None]:
+    """`relative_change` of the held-out loss in all, then in each group: (6,)"""
+    return relative_change(*([[run["loss"], *run["loss_by_group"]] for run in some] for some in (runs, others)))

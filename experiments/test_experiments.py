@@ -1,0 +1,958 @@
+"""Tests of the scripts in this folder, a section for each."""
+
+import contextlib
+import copy
+import io
+import json
+import math
+import sys
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.stats
+import torch
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+import ablations
+import bench
+import classifier
+import common
+import compare
+import compress
+import curves
+import data
+import fid
+import flops
+import model
+import neighbours
+import plot
+import rank_analysis
+import sample
+import schedule
+import script
+import train
+from curriculum import Curriculum
+from lowrank import LowRankLinear
+from model import Config, DiT
+from schedule import T
+
+CPU, NOISE = torch.device("cpu"), schedule.NoiseSchedule()
+TINY = dict(depth=2, width=32, heads=2, patch=4, conditioning="shared", dense_mlp_blocks=0, predict="v")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def smaller_tiny():
+    """The scripts' default model, small enough for runs of a second, on one thread: two would wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model.PRESETS, "tiny", TINY)
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """Flags that name 40 labelled 8 x 8 images to train on and as many to hold out, for runs of a second."""
+    folder = tmp_path_factory.mktemp("few")
+    for name, seed in (("train", 1), ("test", 2)):
+        save_npz(folder / f"{name}.npz", *data.draw_shapes(40, 8, seed))
+    return ["--dataset", folder / "train.npz", "--test", folder / "test.npz", "--data-dir", folder, "--batch-size", 4,
+            "--device", "cpu"]
+
+
+def save_npz(path, images, labels):
+    np.savez(path, images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
+
+
+def cli(module, *arguments):
+    """Runs a script's main() with these arguments, in this process: (exit status, stdout, stderr)."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+        try:
+            script.run_script(module.main)
+        except SystemExit as stop:
+            code = stop.code or 0
+    return code, out.getvalue(), err.getvalue()
+
+
+def runs(module, *arguments):
+    code, out, err = cli(module, *arguments)
+    assert code == 0, err
+    return out
+
+
+def refuses(module, *arguments, says):
+    """Bad input: exit status 2 and one line on stderr that holds every word of `says`."""
+    code, _, err = cli(module, *arguments)
+    assert code == 2 and err.count("\n") == 1 and err.endswith("\n"), (arguments, err)
+    assert all(word in err for word in ([says] if isinstance(says, str) else says)), (arguments, err)
+
+
+def results_in(folder):
+    assert Image.open(folder / "figure.png").width > 600
+    return json.loads((folder / "results.json").read_text())
+
+
+def opened(folder):
+    return sample.load_model(folder, CPU)[0], train.read_config(folder)[1]
+
+
+def held_out_loss(net, flags, per_group):
+    return list(common.held_out_loss(net, data.load(str(flags[3])), per_group))
+
+
+def shapes(n, classes=10):
+    images, labels = data.draw_shapes(n, 8, 7)
+    return data.Dataset("shapes", images, labels % classes, list(data.SHAPES)[:classes])
+
+
+def awake(**changes):
+    """A model whose every weight matters: as initialised, adaLN-Zero makes the output zero."""
+    torch.manual_seed(0)
+    net = DiT(Config(**TINY | dict(image_size=8) | changes))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn_like(p) / p.shape[-1] ** 0.5)
+    return net
+
+
+def relative(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+# ----------------------------------------------------------------------------------------------------
+# common.py
+
+
+@pytest.mark.parametrize("predict", schedule.PREDICTIONS)
+def test_held_out_losses_are_those_of_eps(predict):
+    """Whatever is predicted: |eps_hat - eps|^2, with eps_hat from the model's output and x_t. The same figures whatever
+    the batch; the mean over t weighs groups by their length; without classes the label is the row of "no class"."""
+    images, net, t, index = shapes(300), awake(predict=predict), torch.tensor([5, 500, 990]), torch.tensor([7, 3, 250])
+    together = common.denoising_losses(net, images, index, t, seed=4)
+    assert torch.allclose(common.denoising_losses(net, images, index, t, 4, batch_size=1), together, rtol=1e-5)
+    eps = sample.ImageNoise(4, range(3), (3, 8, 8), CPU)()
+    for i in range(3):
+        signal, noise = (x.item() for x in NOISE.coefficients(t[i:i + 1]))
+        x_t = signal * data.to_unit(images.images[index[i]]) + noise * eps[i]
+        output = net(x_t[None], t[i:i + 1], images.labels[index[i:i + 1]])
+        _, eps_hat = schedule.predicted_x_0_and_eps(predict, output, x_t, signal, noise)
+        assert together[i].item() == pytest.approx((eps_hat - eps[i]).square().mean().item(), rel=1e-3)
+    loss, groups = common.held_out_loss(net, images, per_group=60)
+    assert loss == pytest.approx(np.dot(np.diff([1, 34, 359, 901, 991, 1001]), groups) / 1000)
+    assert (loss, groups) == common.held_out_loss(net, images, 60)
+    assert common.noised_batch(net, replace(images, classes=[]), index, t, range(3), 0).y.tolist() == [10] * 3
+    zero = DiT(Config(**TINY | dict(predict="eps"), image_size=8))  # as initialised: |eps|^2 in every group
+    assert common.held_out_loss(zero, images, per_group=100)[1] == pytest.approx([1] * 5, abs=0.02)
+
+
+def test_held_out_images_that_are_the_training_images_are_told(few, tmp_path, monkeypatch, capsys):
+    """One line of notice from one place, however the path is written; named datasets have a test split."""
+    path = few[1]
+    monkeypatch.chdir(path.parent)
+    for dataset, test, notes in ((path, path, 1), (path, path.name, 1), (path, few[3], 0), ("shapes", "shapes", 0),
+                                 ("shapes", None, 0)):
+        common.settle_image_flags(Namespace(dataset=str(dataset), test=test and str(test), image_size=None))
+        out = capsys.readouterr().out
+        assert out.count("note: ") == out.count("\n") == notes and (not notes or "training images" in out)
+    flags = "--test", path, "--steps", 2, "--width", 8, "--device", "cpu", "--out", tmp_path / "c"
+    assert cli(classifier, "--dataset", path, *flags)[2].count("note: ") == 1
+
+
+def test_flags_for_train(monkeypatch):
+    """What a script does not know goes to train.py, with or without --."""
+    words = common.as_flags(dict(log_every=1, restart=False, compile=True, lr=None))
+    assert words == ["--log-every", "1", "--no-restart", "--compile"]
+    parser, typed = script.Parser(), "x.py --predict eps --dataset shapes -- --compile --batch-size 8"
+    common.add_run_flags(parser, "runs/x")
+    monkeypatch.setattr(sys, "argv", typed.split())
+    args = common.parse_flags(parser, ["--method"])
+    assert common.run_flags(args, seed=3)[-5:] == ["--seed", "3", "--predict", "eps", "--compile"]
+    assert args.batch_size == 8 and common.read_run_flags(common.run_flags(args), shapes(10))[1].predict == "eps"
+
+
+def test_differences_are_paired_by_seed():
+    """The interval is that of Student's one-sample test on the ratios."""
+    g = np.random.default_rng(0)
+    theirs, factors = g.uniform(1, 2, 5), g.normal(1.1, 0.05, 5)
+    mean, half = common.relative_change(np.stack([theirs * factors, theirs], 1), np.stack([theirs, theirs], 1))
+    expected = scipy.stats.ttest_1samp(factors, 1).confidence_interval(0.95)
+    assert (1 + mean[0] - half[0], 1 + mean[0] + half[0]) == pytest.approx((expected.low, expected.high))
+    assert mean[1] == half[1] == 0 and common.relative_change([3.0], [2.0]) == (0.5, None)
+    assert common.mean_and_sd([1.0, 2.0], ".2f") == "1.50 ± 0.71" and common.mean_and_sd([1.0, None], ".2f") is None
+
+
+# ----------------------------------------------------------------------------------------------------
+# classifier.py and bench.py
+
+
+def test_classifier_trains_and_judges(tmp_path):
+    """Beats chance by far on fresh shapes after a few steps, judges true labels high and wrong ones low."""
+    flags, file = ("--data-dir", tmp_path, "--device", "cpu", "--json"), tmp_path / "c.pt"
+    out = runs(classifier, "--image-size", 8, "--num", 2000, "--steps", 120, "--width", 16, "--out", file, *flags)
+    assert json.loads(out)["held_out_accuracy"] > 0.5
+    images, labels = data.draw_shapes(400, 8, 9)
+    save_npz(tmp_path / "good.npz", images, labels)
+    save_npz(tmp_path / "wrong.npz", images, (labels + 1) % 10)
+    for name in ("star", "circle"):  # class folders are matched by name
+        (tmp_path / "folders" / name).mkdir(parents=True)
+        for i in range(3):
+            pixels = images[labels == list(data.SHAPES).index(name)][i].permute(1, 2, 0).numpy()
+            Image.fromarray(pixels).save(tmp_path / "folders" / name / f"{i}.png")
+    judged = {name: json.loads(runs(classifier, "--classifier", file, "--generated", tmp_path / name, *flags))
+              for name in ("good.npz", "wrong.npz", "folders")}
+    assert judged["good.npz"]["recognised"] > 0.5 > judged["wrong.npz"]["recognised"]
+    by_name = {row["class"]: row["n"] for row in judged["folders"]["per_class"]}
+    assert by_name == dict.fromkeys(data.SHAPES, 0) | {"star": 3, "circle": 3} and list(by_name) == list(data.SHAPES)
+    # its features serve fid.py, and are the classifier's own
+    features = fid.file_extractor(tmp_path / "c.features.pt").load(CPU)(images)[0]
+    network, _ = classifier.load_classifier(file, CPU)
+    with torch.no_grad():
+        assert relative(features, network.eval().features(images)) < 1e-5
+        assert torch.equal(network.head(network.features(images)).argmax(1), network(images).argmax(1))
+
+
+def test_bench_smoke(tmp_path):
+    """As its docstring says. (To be checked by bench.py's owner.)"""
+    runs(bench, "--model", "tiny", "--repetitions", 1, "--passes", 1, "--batch-size", 4, "--sampling-batch", 2,
+         "--sampling-steps", 3, "--device", "cpu", "--out", tmp_path / "b.json")
+    found = json.loads((tmp_path / "b.json").read_text())
+    macs = {row["variant"]: row["multiply-adds / full"] for row in found["training"]["4"]["rows"]}
+    assert list(macs) == ["full", "static", "r_max", "masked", "slices"] and macs["full"] == 1
+    assert macs["static"] < macs["r_max"] == macs["masked"] > macs["slices"]
+    assert found["training"]["4"]["rows"][0]["of peak"] > 0 and found["sampling"]["2"]["iso-param / static"] > 0
+    refuses(bench, "--keep", 2, says="keep")
+    refuses(bench, "--sampling-steps", 1001, says="1 to 1000")
+
+
+# ----------------------------------------------------------------------------------------------------
+# rank_analysis.py
+
+
+def rotation(n, seed=0):
+    return torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))[0]
+
+
+def test_effective_rank_and_subspaces():
+    """exp(-sum p log p), p = s / sum s: counts equal singular values; known for s = 1, 1/2, 1/4. B.6: the output side,
+    as many directions as hold 95 % of the squares; the overlap is the mean cosine of scipy's principal angles."""
+    Q, P = rotation(9), rotation(7, 1)
+    made_of = lambda *s: Q[:, :len(s)] @ torch.diag(torch.tensor(s, dtype=torch.float64)) @ P[:len(s)]
+    known = math.prod((7 / p) ** (p / 7) for p in (4, 2, 1))
+    for s, expected in (([3], 1), ([3] * 4, 4), ([3] * 7, 7), ((1, 0.5, 0.25), known)):
+        assert rank_analysis.effective_rank(made_of(*s)) == pytest.approx(expected, rel=1e-9)
+    assert math.isnan(rank_analysis.effective_rank(torch.zeros(3, 3)))
+    assert rank_analysis.subspace(made_of(3), energy=1.0).shape[0] == 9
+    mean_rank, mean_norm, ranks, norms = rank_analysis.measure([made_of(1, 0.5, 0.25), made_of(2, 1, 0.5).float()])
+    assert mean_rank == pytest.approx(ranks[0]) and norms == pytest.approx([21**0.5 / 4, 21**0.5 / 2], rel=1e-6)
+    assert mean_norm == pytest.approx(0.375 * 21**0.5, rel=1e-6)
+    for squares, n in (((90, 6, 4), 2), ((96, 2, 2), 1), ((40, 30, 30), 3)):
+        U = rank_analysis.subspace(made_of(*(s**0.5 for s in squares)))
+        assert U.shape == (9, n) and torch.allclose(U @ U.T, Q[:, :n] @ Q[:, :n].T, atol=1e-10)
+    a, b = rotation(8, 2)[:, :3], rotation(8, 3)[:, :5]
+    expected = np.cos(scipy.linalg.subspace_angles(a.numpy(), b.numpy())).mean()
+    assert rank_analysis.overlap(a, b) == pytest.approx(expected) == rank_analysis.overlap(b, a)
+    tilted = torch.stack([math.cos(0.3) * Q[:, 0] + math.sin(0.3) * Q[:, 2], Q[:, 3]], 1)
+    assert rank_analysis.overlap(Q[:, :2], tilted) == pytest.approx(math.cos(0.3) / 2)
+    assert rank_analysis.overlap(tilted[:, :1], Q[:, [0, 2]] @ rotation(2)) == pytest.approx(1)  # a line inside a plane
+
+
+@pytest.mark.parametrize("predict", ["eps", "v"])
+def test_group_gradients_are_those_of_the_mean_loss(predict):
+    """Of what is predicted, against one backward pass in float64 over all samples; batches only split the sum."""
+    net, dataset, n, (first, last) = awake(method="full", predict=predict), shapes(10), 12, (34, 358)
+    net_64 = copy.deepcopy(net).double()
+    split, whole = (rank_analysis.group_gradients(net, dataset, (first, last), n, batches, 5) for batches in (3, 1))
+    t = torch.tensor([math.floor(first + (i + 0.5) * (last - first + 1) / n) for i in range(n)])
+    image = torch.randperm(10, generator=torch.Generator().manual_seed(5))[torch.arange(n) % 10]
+    eps = sample.ImageNoise(5, range(n), (3, 8, 8), CPU)().double()
+    x_0, ab = dataset.images[image].double() / 127.5 - 1, NOISE.alpha_bar[t].view(-1, 1, 1, 1)
+    wanted = eps if predict == "eps" else ab.sqrt() * eps - (1 - ab).sqrt() * x_0
+    ((net_64(ab.sqrt() * x_0 + (1 - ab).sqrt() * eps, t, dataset.labels[image]) - wanted) ** 2).mean().backward()
+    layers, names = ("adaln", "q", "k", "v", "out", "mlp_in", "mlp_out"), list(rank_analysis.weight_matrices(net))
+    assert names == [f"blocks.{block}.{layer}.weight" for block in range(2) for layer in layers]
+    for name, a, b in zip(names, split, whole):
+        expected = net_64.get_parameter(name).grad
+        assert a.dtype == torch.float64 and relative(a, expected) < 1e-4 and relative(b, expected) < 1e-4, name
+
+
+def test_similarity_of_gradients():
+    """Equal column spaces overlap by 1, orthogonal ones by 0, and the mean is over matrices. By chance lines in 200
+    dimensions hardly overlap, and subspaces of 190 of them share at least 180."""
+    Q = rotation(200)
+    line = lambda i: Q[:, i:i + 1] @ torch.ones(1, 3, dtype=torch.float64)
+    result = rank_analysis.gradient_similarity([[line(0), line(i // 2)] for i in range(5)], 0)  # 0, 1 and 2, 3 pair up
+    expected = [[1 if i // 2 == j // 2 else 0.5 for j in range(5)] for i in range(5)]
+    assert np.allclose(result["similarity"], expected, atol=1e-12) and np.allclose(np.diag(result["chance"]), 1)
+    assert result["dimensions"] == [1] * 5 and 0 < np.mean(np.array(result["chance"])[0, 1:]) < 0.2
+    assert rank_analysis.gradient_similarity([[Q], [Q @ Q]], 0)["chance"][0][1] > 180 / 190
+    pairs = {"neighbours": [1, 12, 23, 34], "distant": [2, 3, 4, 13, 14, 24], "high t": [23, 24, 34],
+             "low t": [1, 2, 12], "all": [1, 12, 23, 34, 2, 3, 4, 13, 14, 24]}
+    means = rank_analysis.pair_means([[10 * i + j for j in range(5)] for i in range(5)])
+    assert means == {name: pytest.approx(np.mean(values)) for name, values in pairs.items()}
+
+
+def test_loss_difference_in_bins_and_groups():
+    """Means over their timesteps; the standard error is that of the paired differences."""
+    nets, dataset = [awake(method=m, keep=0.1) for m in ("full", "static")], shapes(30)
+    result, t = rank_analysis.loss_difference(*nets, dataset, 2, 3), torch.arange(1, T + 1).repeat(2)
+    index = torch.randint(30, (2 * T,), generator=torch.Generator().manual_seed(3))
+    full, low = (common.denoising_losses(net, dataset, index, t, 3).numpy() for net in nets)
+    assert [row["t"] for row in result["bins"]] == [[i + 1, i + 20] for i in range(0, T, 20)]
+    assert [row["t"] for row in result["groups"]] == [[1, 33], [34, 358], [359, 900], [901, 990], [991, 1000]]
+    for row in result["bins"] + result["groups"]:
+        here = ((t >= row["t"][0]) & (t <= row["t"][1])).numpy()
+        a, b = full[here], low[here]
+        assert (row["full"], row["low_rank"]) == pytest.approx((a.mean(), b.mean()))
+        assert row["difference"] == pytest.approx((b - a).mean(), abs=1e-9 * a.mean())
+        assert row["standard_error"] == pytest.approx((b - a).std(ddof=1) / len(a) ** 0.5)
+    assert result["parameters"] == [sum(p.numel() for p in net.parameters()) for net in nets]
+
+
+def ranks_as_the_paper(direction=1):
+    """Results in which every claim holds (direction 1), or the opposite of every one (-1)."""
+    def falling(scale=1.0):
+        return [10 * math.exp(-direction * scale * g / 5) for g in range(5)]
+
+    def pairs(n):  # similar where near, more so at high t; less at later checkpoints
+        return [[0.5 + direction * (0.02 * (i + j) - 0.1 * abs(i - j) - 0.01 * n) for j in range(5)] for i in range(5)]
+
+    rows = [{"step": 10 * n, "effective_rank": falling(n), "norm": falling(2 * n)} for n in range(1, 7)]
+    groups = [dict(t=t, full=1.0, low_rank=1 + a, difference=a) for t, a in zip(rank_analysis.GROUPS, falling(8))]
+    return {"gradients": rows, "weights": rows, "loss": {"groups": groups},
+            "similarity": [{"step": 10 * n, "similarity": pairs(n), "chance": pairs(0)} for n in range(1, 7)]}
+
+
+def test_claims_follow_the_figures():
+    """All appear in data made so, none in the opposite; less than 0.9 is no trend, nor are four checkpoints."""
+    found, opposite = (rank_analysis.claims(ranks_as_the_paper(direction)) for direction in (1, -1))
+    assert {(c["section"], c["verdict"]) for c in found} == {(b, "appears") for b in ("B.2", "B.3", "B.4", "B.6")}
+    added = [n * math.exp(-1.6 * g) for g, n in enumerate((33, 325, 542, 90, 10))]  # of all timesteps of each group
+    share = next(c["figures"] for c in found if "concentrated" in c["claim"])
+    assert f"36% of the timesteps, have {sum(added[:2]) / sum(added):.0%} of it" in share and len(found) == 11
+    verdicts = sorted(c["verdict"] for c in opposite)
+    assert verdicts == ["does not appear"] + ["the opposite appears"] * 10  # but for the share of the added loss
+    results = ranks_as_the_paper()
+    last = results["gradients"][-1]["effective_rank"]
+    last[:3] = last[2::-1]
+    verdict = {c["claim"]: c for c in rank_analysis.claims(results)}["effective rank of gradients falls with t"]
+    assert verdict["verdict"] == "does not appear" and "-0.60" in verdict["figures"]
+    short = {key: value[:4] if isinstance(value, list) else value for key, value in ranks_as_the_paper().items()}
+    assert [c["verdict"] for c in rank_analysis.claims(short)].count("too few checkpoints") == 3
+    ties = np.corrcoef([1, 2, 3, 4, 5], [3, 1.5, 4, 1.5, 5])[0, 1]  # they share their mean place
+    assert rank_analysis.spearman([3, 1, 4, 1, 5]) == pytest.approx(ties)
+    assert math.isnan(rank_analysis.spearman([2, 2, 2]))
+    assert rank_analysis.trend(rank_analysis.spearman([1, 2, 3, 5, 4])) == "appears"  # exactly 0.9
+
+
+def test_rank_analysis_script(few, tmp_path):
+    flags = [*few, "--steps", 40, "--group-steps", 20, "--checkpoints", 2, "--gradient-batch", 4, "--per-timestep", 1,
+             "--predict", "eps", "--out", tmp_path]
+    said, results = runs(rank_analysis, *flags), results_in(tmp_path)
+    assert [r["step"] for r in results["gradients"]] == [20, 40] and [r["step"] for r in results["weights"]] == [10, 20]
+    for row in results["gradients"] + results["weights"]:
+        ranks, norms = np.array(row["effective_rank_by_matrix"]), np.array(row["norm_by_matrix"])
+        assert norms.shape == (5, 14) and (norms > 0).all() and ranks.min() >= 1 and ranks.max() <= 32
+        assert np.allclose(row["effective_rank"], ranks.mean(1))
+    for matrix in (np.array(row["similarity"]) for row in results["similarity"]):
+        assert np.allclose(matrix, matrix.T) and np.allclose(np.diag(matrix), 1)
+        assert 0 < matrix.min() < matrix.max() < 1.001
+    # the weights are the checkpoint's
+    state = torch.load(tmp_path / "t_34-358" / "model_0000010.pt", weights_only=True)["model"]
+    norms = [state[name].norm().item() for name in results["matrices"]]
+    assert results["weights"][0]["norm_by_matrix"][1] == pytest.approx(norms, rel=1e-5)
+    assert all(c["verdict"].upper() in said and c["figures"] in said for c in results["claims"])
+    assert results["loss"]["parameters"][1] < results["loss"]["parameters"][0] and len(results["loss"]["bins"]) == 50
+    low, log = opened(tmp_path / "low_rank")[0].config, curves.read_log(tmp_path / "t_34-358")
+    assert (low.method, low.keep) == ("static", 0.1)
+    assert all([loss is None for loss in line["loss_by_group"]] == [True, False, True, True, True] for line in log)
+    assert results["predict"] == low.predict == "eps" and "The models predict eps." in said
+    # called again it trains nothing and finds the same; runs of another length are refused, and damaged ones
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("model*.pt")}
+    runs(rank_analysis, *flags)
+    assert results_in(tmp_path) == results and {p: p.stat().st_mtime_ns for p in before} == before
+    refuses(rank_analysis, *flags, "--steps", 80, says=("full is a run of 40 steps, not 80", "--out"))
+    refuses(rank_analysis, *flags, "--group-steps", 40, says=("t_1-33 is a run of 20 steps, not 40", "--out"))
+    checkpoint, settings = (tmp_path / "full" / name for name in ("model_0000020.pt", "config.json"))
+    checkpoint.unlink()
+    refuses(rank_analysis, *flags, says="model_0000020.pt does not exist")
+    checkpoint.touch()
+    refuses(rank_analysis, *flags, says="model_0000020.pt cannot be loaded")
+    settings.write_bytes(b"{}")
+    refuses(rank_analysis, *flags, says="config.json is not a run's settings")
+
+
+# ----------------------------------------------------------------------------------------------------
+# ablations.py and neighbours.py
+
+
+def test_ablations_script(few, tmp_path, monkeypatch):
+    """Shared runs are trained once; losses are those of common.py; a second call trains and measures nothing."""
+    command = [*few, "--log-every", 1, "--steps", 20, "--per-group", 8, "--seeds", 2, "--out", tmp_path, "--only"]
+    out, result = runs(ablations, *command, "curriculum,sampling"), results_in(tmp_path)
+    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {
+        f"{name}-log-every-1-steps-20-seed-{seed}" for seed in (0, 1)
+        for name in ("baseline", "curriculum-groups-0", "curriculum-sampling-uniform")}
+    on, off = (result["ablations"]["curriculum"][name] for name in ("on", "off"))
+    assert on == result["ablations"]["sampling"]["progressive"] != off
+    row, folder = on[0], tmp_path / on[0]["run"]
+    net, s = opened(folder)
+    assert [row["loss"], row["loss_by_group"]] == held_out_loss(net, few, 8)
+    assert row["flops"] == curves.read_log(folder)[-1]["flops"] < off[0]["flops"]
+    assert row["groups_in"] == 10 and row["until_all_in"] == 8  # the last group comes with 40 % of the steps
+    assert (s.curriculum_share, s.seed, s.steps) == (0.4, 0, 20)
+    cheaper = next(v for v in result["verdicts"] if v["paper"].startswith("cheaper"))
+    assert cheaper["difference"] == pytest.approx(np.mean([a["flops"] / b["flops"] for a, b in zip(on, off)]) - 1)
+    assert cheaper["verdict"] == "appears" and "| curriculum | off" in out and "The models predict v." in out
+
+    def again(*more):
+        runs(ablations, *command, "curriculum", *more)
+        return results_in(tmp_path)["ablations"]["curriculum"]["on"][0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "held_out_loss", None)
+        patch.setattr(torch.optim.AdamW, "step", None)
+        assert again() == row
+    # other held-out samples, a damaged record, other weights: measured again
+    assert [again("--per-group", 4)["loss"], again()["loss"]] == [held_out_loss(net, few, 4)[0], row["loss"]]
+    (folder / "measured.json").write_text('{"step": 20')
+    assert again() == row
+    (folder / "model.pt").write_bytes((tmp_path / on[1]["run"] / "model.pt").read_bytes())
+    assert again()["loss"] == on[1]["loss"]
+    log = folder / "metrics.jsonl"
+    for text, says in ((log.read_text().replace("flops", "flips"), "does not tell the cost"), ("", "has no lines")):
+        log.write_text(text)
+        refuses(ablations, *command, "curriculum", "--per-group", 3, says=("metrics.jsonl", says))
+
+
+def test_steps_until_all_groups_are_in():
+    """As the curriculum itself counts them, when it reads its losses at log lines."""
+    c, begins, log = Curriculum([1, 300, 600, 900], T, 200, share=1, patience=10), {}, []
+    for step in range(200):
+        if c.advance(step):
+            begins[c.stage] = step
+        if (step + 1) % 7 == 0:
+            c.observe(step - 6, [1.0] * 7)
+            log.append({"step": step + 1, "stage": c.stage})
+    assert len(begins) == 3 and ablations.until_all_in(log, 4) == (begins[3], 4)
+    assert ablations.until_all_in([line for line in log if line["step"] <= begins[3]], 4) == (None, 3)
+    assert ablations.until_all_in([{"step": 7, "stage": 0}], 1) == (0, 1)  # no curriculum
+
+
+def test_forgetting_and_verdicts():
+    """Mean loss of the last over that of the second quarter of the curriculum's log lines."""
+    losses = [9, 9, 2, 4, 9, 9, 9, None, 6, 99]
+    log = [{"stage": min(i // 3, 3), "loss_by_group": [None, value]} for i, value in enumerate(losses)]
+    assert ablations.forgetting(log, 1, 4) == 6 / 3  # nine lines with stage < 3: two in a quarter
+    assert [ablations.forgetting(*x) for x in ((log, 0, 4), (log[:7], 1, 4), (log, 1, 1))] == [None] * 3
+    for mean, half, sign, limit, says in [
+            (0.2, None, 1, 0, "as the paper says, in one seed"), (0.2, None, -1, 0, "not as the paper says"),
+            (0.2, 0.3, 1, 0, "undecided"), (0.2, 0.1, 1, 0, "appears, beyond"), (0.2, 0.1, -1, 0, "does not appear"),
+            (0.005, 0.004, -1, 0.01, "appears, b"), (0.005, 0.006, -1, 0.01, "undecided"), (0.2, 0, 1, 0, "appears")]:
+        assert ablations.verdict(mean, half, sign, limit).startswith(says), (mean, half, sign, limit)
+
+
+@pytest.mark.parametrize("as_published", [True, False])
+def test_every_trend_of_the_paper_is_found_where_it_is(as_published):
+    """Runs made up so that all of the paper's claims hold, or none."""
+    g, sign = np.random.default_rng(0), 1 if as_published else -1
+
+    def made(all_=1.0, low=1.0, noisy=1.0, flops=1.0, forgetting=1.0, until=100, groups=10):
+        return [dict(loss=a * all_**sign, loss_by_group=[a * low**sign, a, a, a, a * noisy**sign],
+                     flops=flops**sign, forgetting=a * forgetting**sign, until_all_in=until, groups_in=groups)
+                for a in g.normal(1, 0.001, 3)]
+
+    lengths = [300, 600, 900, None] if as_published else [900, 300, 200, 100]
+    results = {ablation: {name: made() for name in variants} for ablation, variants in ablations.ABLATIONS.items()}
+    results["alpha"] = {a: made(until=n, groups=10 if n else 8) for a, n in zip(results["alpha"], lengths)}
+    results["rho-min"]["0.3"], results["profile"]["linear"] = made(noisy=1.2), made(all_=1.1)
+    results["warm-start"]["0"], results["curriculum"]["on"] = made(low=1.1), made(all_=0.95, flops=0.9)
+    results["sampling"]["uniform"], results["restart"]["off"] = made(all_=1.1, forgetting=1.3), made(low=1.1)
+    said = ablations.judge(results)
+    assert {row["ablation"] for row in said} == set(ablations.ABLATIONS) and len(said) == 9
+    assert all(row["verdict"].startswith("appears" if as_published else "does not appear") for row in said), said
+    assert ("+20." in said[0]["here"]) == as_published and "against static: 0.3" in said[0]["here"]
+    for run in sum(results["alpha"].values(), []):  # none came far enough, some a group less far
+        run.update(until_all_in=None, groups_in=4)
+    assert ablations.judge_alpha(results["alpha"])["verdict"] == "run more --alpha-steps"
+    results["alpha"]["0.05"][0]["groups_in"] = results["alpha"]["0.01"][0]["groups_in"] = 3
+    assert ablations.judge_alpha(results["alpha"])["verdict"] == "appears in part"
+    results["sampling"]["uniform"][0]["forgetting"] = None
+    assert ablations.judge({"sampling": results["sampling"]})[0]["verdict"] == "run more steps"
+
+
+def test_losses_over_multiply_adds():
+    """In the middle of each stretch of the log; groups are weighed as uniform t draws them."""
+    log = [{"step": 5 * i, "flops": 10 * i, "loss_by_group": [i, 1, 1, None, 2]} for i in range(1, 5)]
+    assert np.isnan(neighbours.curve(log, points=2)[1]).all()
+    log[3]["loss_by_group"][3] = 7
+    spent, losses = neighbours.curve(log, points=2)
+    assert spent.tolist() == [10, 30] and math.isnan(losses[0])
+    assert losses[1] == pytest.approx((33 * 3.5 + 325 + 542 + 90 * 7 + 10 * 2) / 1000)
+
+
+@pytest.mark.parametrize("name", ["plain", "curriculum", "slices"])
+def test_equal_multiply_adds(name):
+    """No other number of steps comes closer to the budget."""
+    flags = common.as_flags(dict(dataset="shapes", batch_size=4) | neighbours.PLAIN | neighbours.CONTESTANTS[name])
+    s, config = common.read_run_flags(flags, shapes(10))
+    cost = [neighbours.expected_cost(s, config, steps) for steps in range(64)]
+    for budget in (1, cost[1] * 7 // 5, cost[23], cost[23] + cost[1] // 3):
+        steps = neighbours.steps_for(budget, lambda steps: cost[steps])
+        assert abs(cost[steps] - budget) == min(abs(c - budget) for c in cost[1:])
+        assert steps == 23 or budget != cost[23]
+
+
+def test_neighbours_script(few, tmp_path):
+    """Everyone spends what plain spends. Slices are compared with stratified draws alone, all others with plain."""
+    judge, file = classifier.Classifier(10, 8, 4), tmp_path / "judge.pt"
+    judge.head.bias.data[3] = 1e6  # sees class 3 everywhere
+    torch.save(dict(config=dict(num_classes=10, image_size=8, width=4), classes=[str(i) for i in range(10)],
+                    dataset="few", accuracy=0.1, n_test=1, model=judge.state_dict()), file)
+    command = [*few, "--log-every", 1, "--steps", 20, "--per-group", 8, "--predict", "eps", "--num", 14,
+               "--sampling-steps", 2, "--only"]
+    out = runs(neighbours, *command, "erd,speed,curriculum,slices", "--out", tmp_path / "n", "--classifier", file)
+    race = {name: found[0] for name, found in results_in(tmp_path / "n")["methods"]["iso-compute"].items()}
+    assert list(race) == ["plain", "erd", "speed", "stratified", "curriculum", "slices"]
+    nets, s = ({name: opened(tmp_path / "n" / run["run"])[i] for name, run in race.items()} for i in (0, 1))
+    budget = flops.training_run(nets["plain"].config, 20, 4)
+    assert race["plain"]["expected"] == race["erd"]["expected"] == race["stratified"]["expected"] == budget
+    assert race["curriculum"]["steps"] > 20 < race["slices"]["steps"] and race["stratified"]["steps"] == 20
+    for run in race.values():
+        assert run["expected"] == pytest.approx(budget, rel=0.03) and run["flops"] == pytest.approx(budget, rel=0.06)
+        assert run["recognised"] == 2 / 14  # images 3 and 13 of 14 are asked to be of class 3
+    assert (s["speed"].weighting, s["speed"].timesteps, s["erd"].weighting) == ("speed", "speed", "erd")
+    assert (s["erd"].curriculum_groups, s["curriculum"].curriculum_groups, s["slices"].slices) == (0, 10, 6)
+    assert dict(vars(s["slices"]).items() - vars(s["stratified"]).items()).keys() == {"slices", "steps"}
+    assert {net.config.predict for net in nets.values()} == {"eps"} and "The models predict eps." in out
+    assert race["slices"]["loss"] == held_out_loss(nets["slices"], few, 8)[0]
+    for name, reference in (("erd", "plain"), ("slices", "stratified")):
+        change = 100 * (race[name]["loss"] / race[reference]["loss"] - 1)
+        assert f"{name} ({race[name]['steps']} steps) against {reference} (20): in all {change:+.1f} %" in out
+        assert out.count(f" {name} (") == 1 and "one seed" in out
+    # without a rank schedule there is nothing to slice by
+    runs(neighbours, *command, "slices", "--method", "full", "--out", tmp_path / "f", "--seeds", 2)
+    assert list(results_in(tmp_path / "f")["methods"]["full"]) == ["plain", "stratified"]
+
+
+def test_a_script_runs_on_shapes(tmp_path, monkeypatch):
+    draw = data.draw_shapes  # once failed for less than an image a class
+    monkeypatch.setattr(data, "draw_shapes", lambda n, *more: draw(n, *more) if n >= 10 else 1 / 0)
+    out = runs(neighbours, "--dataset", "shapes", "--image-size", 8, "--batch-size", 4, "--device", "cpu", "--steps", 4,
+               "--per-group", 5, "--only", "erd", "--out", tmp_path)
+    assert "erd (4 steps) against plain (4)" in out and "note: --test" not in out
+
+
+# ----------------------------------------------------------------------------------------------------
+# compare.py
+
+
+def test_order_and_time_of_the_compared_runs():
+    """The paper's ten rows; those of several seeds first, seed by seed. Time is that of the steps alone."""
+    names = list(compare.list_runs(3, False))
+    assert names[:5] == ["full-s0", "static-0.25-s0", "static-0.5-s0", "iso-compute-0.5-s0", "iso-param-0.5-s0"]
+    assert [name[-1] for name in names] == [*"00000111112222200000"]
+    assert len({name[:-3] for name in names}) == 10 and len(set(names)) == len(compare.list_runs(2, True)) == 20
+    log = [{"step": 100, "images_per_s": 80.0}, {"step": 150, "images_per_s": 40.0}]  # of 8: 10 s and 10 s
+    assert compare.seconds_of(log, 8) == pytest.approx(20) and len(compare.list_runs(1, False)) == 10
+
+
+def test_interval_of_a_difference():
+    """Two rows of equal size: Student's two-sample test, which scipy has; the variance is pooled over all rows."""
+    a, b, c = [1.0, 1.2, 1.7], [2.0, 2.5, 2.1], [5.0, 9.0]
+    (mean, half), theirs = compare.interval(a, b, [a, b, [4.0]]), scipy.stats.ttest_ind(a, b).confidence_interval(0.95)
+    assert mean == pytest.approx(-0.9) and (mean - half, mean + half) == pytest.approx((theirs.low, theirs.high))
+    # squared deviations 0.26, 0.14 and 8 with 2 + 2 + 1 degrees of freedom; t(0.975, 5) = 2.5706
+    found = compare.interval([3.0], a, [a, b, c, [3.0]])
+    assert found == pytest.approx((1.7, 2.570582 * (8.4 / 5 * (1 + 1 / 3)) ** 0.5), rel=1e-5)
+    assert compare.interval([3.0], [1.0], [[3.0], [1.0]]) == (2.0, None)
+    verdicts = [compare.verdict(*x) for x in ((-2, 1), (2, 1), (-0.5, 1), (-2, None))]
+    assert verdicts == ["better", "worse", "not told apart", "no spread known"]
+
+
+def test_words_of_the_comparison(capsys):
+    """A trend appears if all keeps show it and full rank is ahead of static 0.25. More recognised is better."""
+    yes, no, unknown = "appears here", "is not shown", "cannot be judged"
+    for full, adaptive, compute, param in ((1.0, 1.5, yes, yes), (2.0, 1.5, unknown, unknown), (1.0, 1.8, no, yes),
+                                           (1.0, 2.1, no, yes)):
+        losses = {"full": [full - 0.01, full + 0.01], "static-0.25": [1.99, 2.01]}
+        for keep in ("0.75", "0.5"):
+            losses |= {f"static-{keep}": [1.8], f"iso-compute-{keep}": [adaptive], f"iso-param-{keep}": [1.8]}
+        found = compare.print_words({
+            name: dict(runs=[dict(loss=x, frechet=None, recognised=None) for x in xs], sampling=100, parameters=10)
+            for name, xs in losses.items()})
+        trends = [line for line in capsys.readouterr().out.splitlines() if "the paper's trend" in line]
+        assert [text in line for text, line in zip((compute, param), trends)] == [True, True] and len(trends) == 2
+        assert len(found) == 5 and found[0]["difference"] == pytest.approx(full - 2)
+        # four values of standard deviation 0.01414 in two rows: t(0.975, 2) = 4.3027
+        assert found[1]["half_width"] == pytest.approx(4.302653 * 0.02**0.5 * 0.1 * 2**0.5, rel=1e-5)
+    rows = {name: dict(runs=[dict(loss=x, frechet=x, recognised=x) for x in (0.97 * mean, 1.03 * mean)])
+            for name, mean in (("a", 0.9), ("b", 0.3), ("none", 0.0))}
+    verdicts = {c["measure"]: c["verdict"] for c in compare.compare_rows(rows, "a", "b")}
+    assert verdicts == {"loss": "worse", "Frechet distance": "worse", "share recognised": "better"}
+    assert math.isnan(compare.compare_rows(rows, "a", "none")[0]["relative"])
+
+
+def test_compare_script(few, tmp_path):
+    """Measures what --only names, once; a run of another length is refused before anything is done."""
+    flags = [*few, "--steps", 4, "--num", 10, "--per-group", 5, "--sampling-steps", 2, "--out", tmp_path, "--",
+             "--curriculum-share", "0.5"]
+    out = runs(compare, *flags, "--only", "full-s0,static-0.25-s0,static-0.25-s1,iso-param-0.5-s0")
+    results, run = results_in(tmp_path), tmp_path / "static-0.25-s0"
+    assert "16 of 20 runs are missing" in out and "Is the budget enough?" in out and "The models predict v." in out
+    rows = [(row["method"], row["keep"], row["n"]) for row in results["rows"]]
+    assert rows == [("full", None, 1), ("iso-param", 0.5, 1), ("static", 0.25, 2)] and len(results["missing"]) == 16
+    assert results["groups"] == ["1-33", "34-358", "359-900", "901-990", "991-1000"]
+    net, found = opened(run)[0], json.loads((run / "measured.json").read_text())["result"]
+    assert [found["loss"], found["loss_by_group"]] == held_out_loss(net, few, 5) and found["seconds"] > 0
+    extractor, judge = fid.file_extractor(tmp_path / "classifier.features.pt"), tmp_path / "classifier.pt"
+    sides = [fid.measure(data.open_source(str(p)), extractor, CPU, pr_num=0) for p in (run / "samples.npz", few[3])]
+    distance = fid.frechet_distance(*(x for side in sides for x in (side.mu, side.sigma)))
+    assert found["frechet"] == pytest.approx(distance, rel=1e-5)
+    assert found["parameters"] == sum(p.numel() for p in net.parameters())
+    assert (found["sampling"], found["flops"]) == (flops.sampling(net.config, 2), curves.read_log(run)[-1]["flops"])
+    images, labels = sample.draw_images(net, range(10), [*range(10)], steps=2, guidance=1.5)
+    with np.load(run / "samples.npz") as kept, torch.no_grad():
+        assert np.array_equal(kept["arr_0"], images.permute(0, 2, 3, 1)) and np.array_equal(kept["labels"], labels)
+        answers = classifier.load_classifier(judge, CPU)[0].eval()(images).argmax(1)
+    losses = [run["loss"] for run in results["rows"][2]["runs"]]
+    assert found["recognised"] == (answers == labels).double().mean().item()
+    assert results["rows"][2]["loss"] == pytest.approx(sum(losses) / 2)
+    assert f"{np.mean(losses):.5f} ± {np.std(losses, ddof=1):.5f}" in out
+    assert Image.open(tmp_path / "samples.png").width > Image.open(tmp_path / "samples.png").height
+    before = (run / "measured.json").stat().st_mtime_ns
+    again, report = runs(compare, *flags, "--only", "static-0.25-s0"), runs(compare, *flags, "--report")
+    assert (run / "measured.json").stat().st_mtime_ns == before and "step 4" not in again
+    assert report[report.index("| method"):] == again[again.index("| method"):]
+    out = runs(compare, *flags, "--per-group", 6, "--only", "static-0.25-s0")
+    assert "19 of 20 runs are missing" in out and (run / "measured.json").stat().st_mtime_ns > before
+    refuses(compare, *flags, "--curriculum-share", "0.1", says=("cannot resume", "--curriculum-share"))
+    for more in (["--only", "static-0.5-s0"], ["--report"]):
+        refuses(compare, *flags, "--steps", 6, *more, says=("full-s0 is a run of 4 steps, not 6", "--out"))
+    assert not (tmp_path / "static-0.5-s0").exists()
+
+
+# ----------------------------------------------------------------------------------------------------
+# compress.py
+
+TUNING = dict(model="tiny", method="static", keep=0.5, steps=4, lr=1e-2, warmup=2, ema_decay=0.5, label_dropout=0.3,
+              save_every=2, log_every=2, seed=3)
+
+
+def distil(teacher, few, folder, origin="hash", **changes):
+    flags = few[:2] + few[4:] + common.as_flags(TUNING | dict(predict=teacher.config.predict) | changes)
+    return compress.distil(teacher, folder, [str(word) for word in flags], origin)
+
+
+def test_truncation_is_the_best_approximation_of_its_rank():
+    """Every low-rank layer: the first r terms of numpy's SVD. All others, and the biases: the teacher's. The cost of
+    tuning is counted exactly: three products for the student (two where the input is data), one for the teacher."""
+    teacher = awake(method="full").requires_grad_(False)
+    student = compress.truncate(teacher, 0.5)
+    assert student.config == replace(teacher.config, method="static", keep=0.5)
+    ranks = {layer.name: layer.rank for layer in model.linear_layers(student.config) if layer.rank}
+    low = {name: layer for name, layer in student.named_modules() if isinstance(layer, LowRankLinear)}
+    assert set(low) == set(ranks)
+    for name, layer in low.items():
+        P, S, Qt = np.linalg.svd(teacher.get_submodule(name).weight.double().numpy())
+        best = torch.from_numpy((P[:, :ranks[name]] * S[:ranks[name]]) @ Qt[:ranks[name]])
+        assert layer.rank == ranks[name] < len(S) and relative(layer.weight().detach().double(), best) < 1e-4
+    others = {name: p for name, p in student.named_parameters() if not name.endswith((".U", ".V"))}
+    assert len(others) == len(dict(teacher.named_parameters())) - len(low)
+    assert all(torch.equal(p, teacher.get_parameter(name)) for name, p in others.items())
+    x, t, y = torch.randn(5, 3, 8, 8), torch.randint(1, T + 1, (5,)), torch.randint(0, 11, (5,))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        (student(x, t, y) - teacher(x, t, y)).square().mean().backward()
+    assert compress.tuning_cost(student.config, teacher.config, 5) * 2 == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("predict", ["eps", "v"])
+def test_distillation_written_out(predict, few, tmp_path):
+    """Adam towards the teacher's output, warm-up over 5 % of the steps, a cosine to zero, EMA; the log is about eps."""
+    teacher, dataset = awake(method="full", predict=predict).requires_grad_(False), data.load(str(few[1]))
+    found, s = distil(teacher, few, tmp_path / "r"), opened(tmp_path / "r")[1]
+    student, losses = compress.truncate(teacher, 0.5), []
+    weights = {name: p.detach().clone().requires_grad_(True) for name, p in student.named_parameters()}
+    ema, m, v = ({name: p.detach().clone() * scale for name, p in weights.items()} for scale in (1, 0, 0))
+    draws = train.State(s, student.config, CPU)
+    for step in range(4):
+        draws.step = step
+        batch, t = train.draw_batch(dataset, draws, s)
+        ab = NOISE.alpha_bar[t].float().view(-1, 1, 1, 1)
+        x_t = ab.sqrt() * batch.x_0 + (1 - ab).sqrt() * batch.eps
+        error = (torch.func.functional_call(student, weights, (x_t, t, batch.y)) - teacher(x_t, t, batch.y)) ** 2
+        losses.append((error.detach() * (ab if predict == "v" else 1)).mean().item())
+        gradient = torch.autograd.grad(error.mean(), weights.values())
+        lr = s.lr * (1 if step == 0 else 0.5 * (1 + math.cos(math.pi * (step - 0.2) / 3.8)))  # warm-up: 0.2 steps
+        decay = min(0.5, (1 + step) / (10 + step))
+        for (name, p), g in zip(weights.items(), gradient):
+            m[name], v[name] = 0.9 * m[name] + 0.1 * g, 0.999 * v[name] + 0.001 * g * g
+            with torch.no_grad():
+                p -= lr * (m[name] / (1 - 0.9 ** (step + 1))) / ((v[name] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+                ema[name] = decay * ema[name] + (1 - decay) * p
+    # K's bias has no effect: its gradient is rounding, of which Adam makes full steps
+    names = [name for name in weights if not name.endswith(".k.bias")]
+    ours, theirs, start = (torch.cat([p[name].detach().flatten() for name in names])
+                           for p in (dict(found.named_parameters()), ema, dict(student.named_parameters())))
+    assert (ours - theirs).norm() < 1e-3 * (theirs - start).norm()
+    lines, cost = curves.read_log(tmp_path / "r"), compress.tuning_cost(student.config, teacher.config, 4)
+    assert [line["flops"] for line in lines] == [2 * cost, 4 * cost]
+    assert [line["loss"] for line in lines] == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:]) / 2], rel=1e-3)
+
+
+def test_stopped_distillation_goes_on_to_the_same_bits(few, tmp_path, monkeypatch):
+    teacher, draw = awake(method="full").requires_grad_(False), train.draw_batch
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(train, "draw_batch", lambda d, state, s: draw(d, state, s) if state.step < 3 else 1 / 0)
+        distil(teacher, few, tmp_path / "b")
+    straight, resumed = (distil(teacher, few, tmp_path / name) for name in "ab")
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters()))
+    assert [line["step"] for line in curves.read_log(tmp_path / "b")] == [2, 4]
+    for change in (dict(lr=1e-3), dict(keep=0.4), dict(origin="another"), dict(seed=5)):
+        with pytest.raises(script.InputError, match="other settings"):
+            distil(teacher, few, tmp_path / "b", **change)
+    with pytest.raises(script.InputError, match="lower learning rate"):
+        distil(teacher, few, tmp_path / "c", lr=1e18)
+
+
+def test_compress_script(few, tmp_path):
+    flags, folder = [*few, "--steps", 8, "--per-group", 5, "--out", tmp_path / "o"], tmp_path / "o" / "s0"
+    out, results = runs(compress, *flags), results_in(tmp_path / "o")
+    rows = {row["model"]: row for row in results["rows"]}
+    assert list(rows) == list(compress.MODELS) and len(results["comparisons"]) == 2
+    (teacher, _), (student, s) = opened(folder / "full"), opened(folder / "student")
+    assert results["settings"]["tune_steps"] == s.steps == 2 and student.config.method == "static"
+    for name, net in (("full", teacher), ("truncated", compress.truncate(teacher, 0.5)), ("student", student)):
+        assert rows[name]["loss"] == pytest.approx(held_out_loss(net, few, 5)[0]) and rows[name]["loss_sd"] is None
+        assert rows[name]["sampling"] == flops.sampling(net.config)
+        assert rows[name]["parameters"] == sum(p.numel() for p in net.parameters())
+    taught = flops.training_run(teacher.config, 8, 4, penalty=False)
+    assert rows["full"]["training"] == rows["truncated"]["training"] == taught
+    assert rows["student"]["training"] == taught + 2 * compress.tuning_cost(student.config, teacher.config, 4)
+    assert rows["iso-param"]["parameters"] == rows["student"]["parameters"] and "The models predict v." in out
+    assert "lower in 0 of 1" in out or "lower in 1 of 1" in out
+    runs(sample, "--run", folder / "student", "--num", 2, "--steps", 2, "--device", "cpu")  # as any run
+    # a finished call is over at once, and a given teacher serves as well
+    assert "step 2/2" not in runs(compress, *flags) and results_in(tmp_path / "o") == results
+    given = [*few[2:6], "--per-group", 5, "--device", "cpu", "--teacher"]
+    runs(compress, *given, folder / "full", "--out", tmp_path / "p")
+    assert results_in(tmp_path / "p")["rows"] == results["rows"]
+    refuses(compress, *flags, "--teacher", folder / "iso-param", says="no full-rank model")
+    refuses(compress, *given, folder / "full", "--predict", "eps", says=("no full-rank model", "predicts v"))
+    refuses(compress, *flags, "--tune-lr", 1e-4, says="other settings")
+    for flag, name in (("--steps", "full"), ("--adaptive-steps", "iso-compute"), ("--tune-steps", "student")):
+        refuses(compress, *flags, flag, 9, says=(f"{name} is a run of", "steps, not 9", "--out"))
+
+
+# ----------------------------------------------------------------------------------------------------
+# What people get wrong: one line, and nothing is written
+
+EVERY = (ablations, neighbours, compare, compress, rank_analysis)
+REFUSED = [  # scripts, flags in which ODD is a folder, words of the answer
+    (EVERY, "--dataset ODD/none", "no dataset"), (EVERY, "--test ODD/none", "no dataset"),
+    (EVERY, "--test ODD/smaller.npz", "other classes"), (EVERY, "--test ODD/fewer.npz", "other classes"),
+    (EVERY, "--dataset ODD/odd.npz --test ODD/odd.npz", "patch"), (EVERY, "--image-size 16", "--image-size"),
+    (EVERY, "--device abacus", "abacus"), (EVERY, "--model huge", "huge"), (EVERY, "--batch-size x", "--batch-size"),
+    (EVERY, "--resume", "--resume"), (EVERY, "--method=thin", "thin"), (EVERY, "--lr -1", "--lr"),
+    (EVERY, "-- --ema-decay 7", "--ema-decay"), (EVERY, "--nonsense", "--nonsense"), (EVERY[:4], "--seed 3", "--seed"),
+    (EVERY[:4], "--seeds 0", "--seeds"), (EVERY[:4], "--per-group 0", "--per-group"), (EVERY[1:3], "--num 1", "--num"),
+    (EVERY[:2], "--only nonsense", "nonsense"), (EVERY[:2], "--curriculum-groups=3", "--curriculum-groups"),
+    (EVERY[1:3], "--sampling-steps 1001", "1000"), (EVERY[1:3], "--guidance inf", "--guidance"),
+    (EVERY[1:3], "--classifier ODD/nothing.pt", "nothing.pt is not a classifier"),
+    (EVERY[1:3], "--classifier ODD/fewer.pt", "fewer.pt is of other classes"),
+    ([neighbours], "--classifier ODD/none.pt", "no classifier"), ([compare], "--only full-s7", "iso-param-0.5-s2"),
+    ([compare], "--report", "no finished run"), ([compress], "--keep 0", "--keep"),
+    ([compress], "--tune-lr -1", "--tune-lr"), ([compress], "--teacher ODD", "config.json"),
+    ([compress], "--teacher ODD --seeds 2", "--seeds"), ([rank_analysis], "--steps 45", "multiple"),
+    ([rank_analysis], "--group-steps 18", "--group-steps 18"), ([rank_analysis], "--seed -1", "seed"),
+    ([rank_analysis], "--per-timestep 0", "at least 1"), ([rank_analysis], "--save-every 3", "--save-every"),
+    ([classifier], "--dataset ODD/plain.npz", "no classes"), ([classifier], "--test ODD/fewer.npz", "other classes"),
+    ([classifier], "--classifier ODD/fewer.pt", "--generated"), ([classifier], "--lr 2", "--lr"),
+    ([classifier], "--generated ODD/fewer.npz --classifier ODD/nothing.pt", "not a classifier"),
+    ([classifier], "--generated ODD/fewer.npz --classifier ODD/none.pt", "no classifier"),
+    ([classifier], "--generated ODD/none.npz", "no dataset"), ([classifier], "--steps 0", "at least 1")]
+
+
+@pytest.mark.parametrize("module", [*EVERY, classifier])
+def test_bad_input_is_one_line(module, few, tmp_path):
+    odd, new = tmp_path / "odd", [*few, "--out", tmp_path / "new"]
+    odd.mkdir()
+    for name, size, classes in (("smaller", 4, 4), ("fewer", 8, 3), ("odd", 6, 4), ("plain", 8, 0)):
+        labels = dict(labels=np.arange(20) % classes) if classes else {}
+        np.savez(odd / f"{name}.npz", images=np.zeros((20, size, size, 3), np.uint8), **labels)
+    for name in ("nothing.pt", "nothing.features.pt"):
+        (odd / name).touch()
+    runs(classifier, "--dataset", odd / "fewer.npz", "--steps", 2, "--device", "cpu", "--out", odd / "fewer.pt")
+    for modules, flags, says in REFUSED:
+        if module in modules:
+            known = new if module in EVERY else new[:2] + new[4:6] + new[8:]  # it has no --test by default
+            refuses(module, *known, *flags.replace("ODD", str(odd)).split(), says=says)
+    if module in EVERY:
+        refuses(module, "--dataset", odd, "--out", tmp_path / "new", says=("add --test", str(odd)))
+    assert not (tmp_path / "new").exists()
+
+
+# ----------------------------------------------------------------------------------------------------
+# plot.py: pixels are read where the axes say a value must be
+
+
+def pixel_of(chart, xs, ys, x, y, log_y=False):
+    """The colour of the pixel where a chart of xs, ys must show the point (x, y)."""
+    column = plot.position(x, plot.nice_ticks(xs), plot.LEFT, plot.RIGHT)
+    row = plot.position(y, plot.nice_ticks(ys, log_y, 5), plot.BOTTOM, plot.TOP, log_y)
+    return chart.getpixel((round(float(column)), round(float(row))))
+
+
+@pytest.mark.parametrize("values", [[0, 1], [1, 1000], [-0.031, 0.27], [3, 3], [0, 0], [1e-9, 7e-9], [123456, 123999],
+                                    [0.3, 0.9], [-5, None, 2], [math.nan], [], [2e12, 9e15]])
+def test_linear_ticks_are_nice_and_cover_the_data(values):
+    """A step of 1, 2 or 5 times a power of ten, all ticks multiples of it, none to spare at either end."""
+    ticks = np.array(plot.nice_ticks(values))
+    steps = np.diff(ticks)
+    mantissa = float(f"{steps[0]:.9e}".split("e")[0])
+    assert min(abs(mantissa - m) for m in (1, 2, 5)) < 1e-6 and np.allclose(steps, steps[0], rtol=1e-6)
+    assert np.allclose(ticks / steps[0], (ticks / steps[0]).round(), atol=1e-6) and 2 <= len(ticks) <= 9
+    known = [v for v in values if v is not None and math.isfinite(v)]
+    if known and max(known) > min(known):
+        assert ticks[0] <= min(known) < ticks[1] and ticks[-2] < max(known) <= ticks[-1]
+    elif known:
+        assert ticks[0] < known[0] < ticks[-1]
+    labels = plot.tick_labels(list(ticks))
+    assert len(set(labels)) == len(ticks) and max(map(len, labels)) <= 8
+
+
+def test_log_ticks_and_labels():
+    """Decades for wide ranges, at most nine or so, 1-2-5 for narrow ones; values that are not positive do not count."""
+    for values, ticks in (([0.02, 80], [0.01, 0.1, 1, 10, 100]), ([1, 1000], [1, 10, 100, 1000]),
+                          ([0.3, 6, 0, -1, None], [0.2, 0.5, 1, 2, 5, 10]), ([0, None], [1, 2, 5, 10])):
+        assert plot.nice_ticks(values, log=True) == ticks
+    wide, narrow = plot.nice_ticks([1e-12, 1e12], log=True), plot.nice_ticks([7, 7.5], log=True)
+    assert len(wide) <= 9 and wide[0] <= 1e-12 and wide[-1] >= 1e12
+    assert len(narrow) >= 4 and 0 < narrow[0] <= 7 and narrow[-1] >= 7.5
+    positions = plot.position([1, 10, 100, 0, -3, None], [1, 10, 100], 0, 10, log=True)
+    assert positions[:3].tolist() == [0, 5, 10] and np.isnan(positions[3:]).all()
+    for ticks, labels in (([0, 0.5, 1], ["0", "0.5", "1.0"]), ([0, 500, 1000], ["0", "500", "1,000"]),
+                          ([0, 5e5, 1e6], ["0", "0.5M", "1.0M"]), ([-2e-6, 0, 2e-6], ["-2e-6", "0", "2e-6"])):
+        assert plot.tick_labels(ticks) == labels
+    assert plot.tick_labels([0.01, 1, 100, 10000], log=True) == ["0.01", "1", "100", "10k"]
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_points_and_lines_are_where_they_belong(log):
+    """Markers at the points and, half way in pixels between two of them, the line, in the curve's own colour."""
+    xs, curves = [1, 10, 100], {"a": np.array([2.0, 40.0, 900.0]), "b": torch.tensor([500.0, 5.0, 3.0])}
+    chart = plot.line_chart({name: (xs, ys) for name, ys in curves.items()}, "t", "x", "y", log_y=log)
+    every = np.concatenate(list(curves.values()))
+    for colour, ys in zip(plot.COLOURS, (every[:3], every[3:])):
+        for x, y in [*zip(xs, ys), (55, (ys[1] * ys[2]) ** 0.5 if log else ys[1:].mean())]:
+            assert pixel_of(chart, xs, every, x, y, log) == colour
+
+
+@pytest.mark.parametrize("missing", [None, math.nan, math.inf])
+def test_missing_values_leave_gaps(missing):
+    """No line to either side of the missing point, a line elsewhere, and a marker on a point left alone."""
+    xs, ys = [0, 13, 27, 33, 47, 60], [7, 7, missing, 7, 7, 9]
+    chart = plot.line_chart({"a": (xs, ys)}, "t", "x", "y")
+    shows = {x: pixel_of(chart, xs, ys, x, 7) == plot.COLOURS[0] for x in (6, 17, 23, 27, 31, 37)}
+    assert shows == {6: True, 17: False, 23: False, 27: False, 31: False, 37: True}
+    alone = plot.line_chart({"a": (list(range(99)), [5, missing, 7] + [missing, 6] * 48)}, "t", "x", "y")
+    assert pixel_of(alone, range(99), [5, 7], 2, 7) == plot.COLOURS[0]
+    plot.line_chart({"a": ([1, 2], [missing, None]), "b": ([], [])}, "t", "x", "y", log_y=True)
+
+
+def test_spread_is_a_band_or_bars():
+    """Many points: a light band between ys - spread and ys + spread. Few: bars at the points, nothing between."""
+    ends, white = [3.0, 7.0], (255, 255, 255)  # ends: what the axis covers
+    band, bars = (plot.line_chart({"a": (np.arange(n), [5] * n, [2] * n)}, "t", "x", "y") for n in (20, 10))
+    share = (255 - np.array(pixel_of(band, range(20), ends, 9.5, 6.3))) / (255 - np.array(plot.COLOURS[0]))
+    assert np.allclose(share, 50 / 255, atol=0.02)  # white mixed with the curve's colour
+    assert pixel_of(bars, range(10), ends, 4.5, 6.3) == white != pixel_of(bars, range(10), ends, 4, 6.3)
+    low = {"a": (np.arange(14), [5] * 14, [9] * 14), "b": ([0, 1], [1, 100])}  # ys - spread < 0: down to the axis
+    assert pixel_of(plot.line_chart(low, "t", "x", "y", log_y=True), range(14), [1, 100], 1.5, 2, True) != white
+
+
+def test_curves_differ_and_nothing_is_cut_off():
+    """Ten colours, all in the legend below; a constant and a single point are drawn; more names make the picture
+    longer, not the box smaller. Whatever the texts and values, the outermost pixels stay white."""
+    two = plot.line_chart({"constant": ([1, 2], [4, 4]), "point": ([1.5], [4.5])}, "t", "x", "y")
+    assert [pixel_of(two, [1, 2], [4, 4.5], *point) for point in ((1.3, 4), (1.5, 4.5))] == plot.COLOURS[:2]
+    many = plot.line_chart({f"a rather long name {i}": ([1, 2], [i, i + 1]) for i in range(10)}, "t", "x", "y")
+    below = {colour for _, colour in many.crop((0, plot.BOTTOM + 60, many.width, many.height)).getcolors(100000)}
+    assert set(plot.COLOURS) <= below and len(set(plot.COLOURS)) == 10
+    assert many.width == two.width and many.height > two.height
+    long = "a very long text that goes on and on, far beyond what anybody should give to a chart like this"
+    curves = {long: ([799990.0, 800000.0], [-123456.78, 99999.5]), "b": ([799995], [1.0])}
+    for chart in (plot.line_chart(curves, long, long, long),
+                  plot.heat_map([[123456.7, 1], [2, 3]], [long, "b"], ["c", long], *[long] * 4, spec=".6f")):
+        pixels = np.array(chart)
+        assert (pixels[:, [0, -1]] == 255).all() and (pixels[[0, -1]] == 255).all()
+
+
+def test_heat_map_colours_follow_the_values():
+    """Larger is darker, equal is equal, missing is grey; the bar beside runs from the darkest to the lightest."""
+    values = np.array([[3.0, None, 1.0], [2.0, 9.0, 3.0]], dtype=object)
+    chart = plot.heat_map(values, ["r", "s"], ["a", "b", "c"], "t", "loss", "columns", "rows")
+    left = np.flatnonzero((np.array(chart)[plot.TOP + 10] != 255).any(1))[10]  # inside the first cell
+    xs = [int(left + column * (plot.RIGHT - 90 - left) / 3) for column in range(3)]
+    upper, lower = ([chart.getpixel((x, y)) for x in xs] for y in (plot.TOP + 10, plot.BOTTOM - 10))
+    assert upper[0] == lower[2] and upper[1] == plot.MISSING
+    light = [sum(colour) for colour in (upper[2], lower[0], upper[0], lower[1])]  # of 1, 2, 3, 9
+    assert light == sorted(light, reverse=True) and len(set(light)) == 4
+    assert upper[2] == plot.heat_colour(0) and lower[1] == plot.heat_colour(1)
+    bar = np.array(chart.convert("L")).astype(float)[plot.TOP:plot.BOTTOM, plot.RIGHT - 64]
+    assert (np.diff(bar) >= 0).all()
+    for values in (torch.ones(1, 2), [[None, None]]):  # constant; nothing known
+        plot.heat_map(values, ["r"], [1, 2], "t", "v")
+
+
+def test_charts_are_saved_side_by_side_and_mistakes_are_value_errors(tmp_path):
+    """Row by row, each unchanged, the next row below the tallest of the last."""
+    images = [Image.new("RGB", (20, height), colour) for height, colour in ((10, "red"), (30, "lime"), (10, "blue"))]
+    plot.save(tmp_path / "new" / "x.png", *images)
+    page = Image.open(tmp_path / "new" / "x.png").convert("RGB")
+    pixels = [page.getpixel(place) for place in ((5, 5), (25, 25), (5, 35), (5, 20))]
+    assert page.size == (40, 40) and pixels == [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]
+    plot.save(tmp_path / "one.png", images[0])
+    assert Image.open(tmp_path / "one.png").size == (20, 10)
+    wrong = [lambda: plot.save("x.png")]
+    wrong += [lambda curve=curve: plot.line_chart({"a": curve} if curve else {}, "t", "x", "y") for curve in
+              (None, ([1, 2], [1]), ([1], [1], [1, 2]), ([1],), ([[1]], [[1]]), (1, 2))]
+    wrong += [lambda v=v: plot.heat_map(v, ["r"], ["c"], "t", "v") for v in ([[1, 2]], [1, 2], [[1], [2]])]
+    for call in wrong:
+        with pytest.raises(ValueError):
+            call()
+
+
+def test_table_is_aligned_markdown(capsys):
+    rows = [{"method": "full | rank", "FID": 12.345, "MACs": 5462}, {"method": "half", "FID": None},
+            {"method": None, "FID": math.nan, "MACs": np.int64(7)}]
+    plot.print_table(rows, {"method": "", "FID": ".1f", "MACs": ",d"})
+    assert capsys.readouterr().out.splitlines() == [
+        "| method       |  FID |  MACs |", "| ------------ | ---: | ----: |", "| full \\| rank | 12.3 | 5,462 |",
+        "| half         |    - |     - |", "| -            |    - |     7 |"]
+
+
+def test_json_has_no_nan_and_is_complete_or_absent(tmp_path, monkeypatch):
+    """NaN and infinities become null at any depth; a failure or a kill leaves the old file as it was."""
+    path = tmp_path / "new" / "x.json"
+    plot.write_json(path, {"a": [1, math.nan, (2.5, -math.inf)], "b": np.array([[1.0, np.nan]]), "c": torch.tensor([3]),
+                           "d": np.float32("nan"), "e": None, "f": "NaN", "g": torch.tensor(math.inf), "h": Path("p")})
+    assert json.loads(path.read_text()) == {"a": [1, None, [2.5, None]], "b": [[1.0, None]], "c": [3], "d": None,
+                                            "e": None, "f": "NaN", "g": None, "h": "p"}
+    old = path.read_bytes()
+    with pytest.raises(TypeError):
+        plot.write_json(path, {"a": object()})
+    monkeypatch.setattr("os.replace", lambda *_: 1 / 0)
+    for write in (lambda: plot.write_json(path, {"a": 1}), lambda: plot.save(path, Image.new("RGB", (2, 2)))):
+        with pytest.raises(ZeroDivisionError):
+            write()
+    assert [p.name for p in path.parent.iterdir()] == ["x.json"] and path.read_bytes() == old
