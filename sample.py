@@ -183,8 +183,8 @@ def save_grid(path: Path, images: torch.Tensor, columns: int) -> None:
 
 
 def load_model(run: Path, device: torch.device, file: str = "model.pt") -> tuple[DiT, dict]:
-    """The EMA model of a run in evaluation mode, and the rest of its model.pt, or of another `file` that
-    `--keep-models` has left. Raises InputError."""
+    """The EMA model of a run in evaluation mode, and the rest of its model.pt, or of another such `file`.
+    Raises InputError."""
     path = Path(run) / file
     state = read_checkpoint(path, ("config", "model", "classes", "guidance", "step"))
     try:

@@ -145,7 +145,7 @@ def check_fields(values) -> None:
             fits = fits and value > m["above"] and m["low"] <= value <= m["high"]
             limits = {"at least": m["low"], "above": m["above"], "at most": m["high"]}
             limits = " and ".join(f"{word} {limit}" for word, limit in limits.items() if math.isfinite(limit))
-            wanted = f"a {'whole' if kind is int else 'finite'} number" + (f" of {limits}" if limits else "")
+            wanted = f"a {'whole' if kind is int else 'finite'} number" + (f", {limits}" if limits else "")
         if not fits:
             raise InputError(f"{flag(f.name)} {str(value)[:60]} must be {wanted}")
 
