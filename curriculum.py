@@ -2,7 +2,8 @@
 
 NA-LR sections 2.2, B.1 and C.3. Training starts with the noisiest group of timesteps and adds groups
 towards the clean end. While a stage runs, no timestep below its range occurs, so all rank channels that
-only lower timesteps use can be sliced away. Nothing here knows about ranks or models.
+only lower timesteps use can be sliced away. Nothing here knows about ranks or models. Read schedule.py
+before, train.py after.
 """
 
 import math

@@ -2,7 +2,8 @@
 
 NA-LR Eq. (6). No model is built and no GPU is asked: every figure follows from `linear_layers` (model.py) and
 Phi(t) (schedule.py). We count every matrix product, attention's two included, and nothing elementwise, which
-is half of what torch.utils.flop_counter reports. Read model.py before, sample.py or train.py after.
+is half of what torch.utils.flop_counter reports. Slices count as 1 unless given. Read model.py and
+curriculum.py before.
 
     python flops.py                            the default model: forward, sampling, training, a chart
     python flops.py --model DiT-S/2 --method iso-param --keep 0.75
@@ -120,7 +121,7 @@ def training_run(config: Config, steps: int, batch_size: int, stages: list[tuple
     middles of `batch_size` equal strata; random batches cost a little more or less.
 
     stages: (number of steps, t_low) of each curriculum stage; the steps that no stage takes have t_low = 1,
-    as the whole run has without a curriculum. Raises ValueError when the stages take more than `steps`. """
+    as the whole run has without a curriculum. Raises ValueError when the stages take more than `steps`."""
     rest = steps - sum(n for n, _ in stages)
     if rest < 0:
         raise ValueError(f"the curriculum's stages take {steps - rest} steps of a run of {steps}")

@@ -1,8 +1,8 @@
 """The diffusion transformer (Peebles and Xie 2023), dense or low-rank.
 
 NA-LR section 3.1 and D.1. `Config` says everything about the architecture, `linear_layers` lists every
-linear layer with its rank (the model is built from that list and flops.py counts from it), and `DiT` is
-the network. Read lowrank.py before, train.py or flops.py after.
+linear layer with its rank (the model is factorised by that list, and flops.py counts from it), and `DiT` is
+the network. Read lowrank.py before, curriculum.py after.
 """
 
 import functools
@@ -15,11 +15,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lowrank import Active, Channels, Linear, factorise, masked_channels
-from schedule import PREDICTIONS, T, RankSchedule, base_rank, iso_compute_rank
+from schedule import PREDICTIONS, PROFILES, T, RankSchedule, base_rank, iso_compute_rank
 from script import InputError, check_fields, setting, to_device
 
 METHODS = ("full", "static", "iso-compute", "iso-param")
-PROFILES = ("logistic", "linear")
 
 # depth, width, heads of the original DiT family; each comes with patches of 2, 4 and 8 pixels
 SIZES = {"DiT-S": (12, 384, 6), "DiT-B": (12, 768, 12), "DiT-L": (24, 1024, 16), "DiT-XL": (28, 1152, 16)}
@@ -99,6 +98,9 @@ class LinearLayer:
     no_input_grad: bool = False
 
 
+TIME_WIDTH = 256  # of the sinusoidal timestep embedding: 128 frequencies, cosines and sines
+
+
 @functools.cache
 def linear_layers(config: Config) -> tuple[LinearLayer, ...]:
     """Every linear layer of the model, in the order of the forward pass, with its rank. The patch
@@ -114,11 +116,11 @@ def linear_layers(config: Config) -> tuple[LinearLayer, ...]:
 
     everywhere = config.factorise == "all"
     d_to = {m: rank(d, m) for m in (d, 4 * d, 6 * d)}  # each search for a rank is done once
-    time_in = rank(FREQUENCIES, d)
+    time_in = rank(TIME_WIDTH, d)
     layers = []
     for e in range(config.embedders):
         layers += [
-            LinearLayer(f"embedders.{e}.time_in", FREQUENCIES, d, 1, time_in if everywhere else None, True),
+            LinearLayer(f"embedders.{e}.time_in", TIME_WIDTH, d, 1, time_in if everywhere else None, True),
             LinearLayer(f"embedders.{e}.time_out", d, d, 1, d_to[d] if everywhere else None),
         ]
     for b in range(config.depth):
@@ -126,7 +128,7 @@ def linear_layers(config: Config) -> tuple[LinearLayer, ...]:
         layers.append(LinearLayer(f"blocks.{b}.adaln", d, 6 * d, 1, d_to[6 * d] if everywhere else None))
         layers += [LinearLayer(f"blocks.{b}.{name}", d, d, rows, d_to[d]) for name in ("q", "k", "v", "out")]
         layers.append(LinearLayer(f"blocks.{b}.mlp_in", d, 4 * d, rows, mlp))
-        layers.append(LinearLayer(f"blocks.{b}.mlp_out", 4 * d, d, rows, mlp))  # r depends on m + n, m n
+        layers.append(LinearLayer(f"blocks.{b}.mlp_out", 4 * d, d, rows, mlp))  # as for m x n
     layers.append(LinearLayer("final_adaln", d, 2 * d, 1))
     layers.append(LinearLayer("final_out", d, config.patch**2 * config.channels, rows))
     return tuple(layers)
@@ -135,12 +137,9 @@ def linear_layers(config: Config) -> tuple[LinearLayer, ...]:
 # ----------------------------------------------------------------------------------------------------
 # Embeddings
 
-FREQUENCIES = 256  # width of the sinusoidal timestep embedding
-
-
 def timestep_embedding(t: torch.Tensor) -> torch.Tensor:
     """Sinusoids of t (B,) at 128 frequencies from 1 down to 1/10000 a step, cosines first: (B, 256)."""
-    half = FREQUENCIES // 2
+    half = TIME_WIDTH // 2
     frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angle = t[:, None].float() * frequency  # (B, 128)
     return torch.cat([angle.cos(), angle.sin()], dim=1)
@@ -163,7 +162,7 @@ class Conditioning(nn.Module):
 
     def __init__(self, width: int, num_classes: int):
         super().__init__()
-        self.time_in = Linear(FREQUENCIES, width)
+        self.time_in = Linear(TIME_WIDTH, width)
         self.time_out = Linear(width, width)
         self.label = nn.Embedding(num_classes + 1, width)  # the last row means "no class"
 
@@ -269,9 +268,10 @@ class DiT(nn.Module):
         """x (B, C, H, W) float, t int64 (B,) in 1..T, y int64 (B,) in 0..num_classes, where
         num_classes means "no class". Returns what config.predict says, (B, C, H, W).
 
-        active: from `self.active`; None masks each sample to its own Phi(t).
+        active: from `self.active`. None, here alone, masks each sample to its own Phi(t); in all layers it
+        means all channels.
         """
-        if active is None:
+        if active is None and self.rank_schedule is not None:
             active = self.active(t.cpu())
         return self.denoise(x, self.condition(t, y, active), active)
 

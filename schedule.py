@@ -1,12 +1,11 @@
 """Functions of the timestep t: noise, what the model predicts, the timesteps a sampler visits, and rank.
 
-NA-LR sections 2.1 and C.1. Time runs from t = 1 (nearly clean) to t = T = 1000 (noise). Arrays over t
-have length T + 1 and are indexed by t itself; entry 0 is the clean image. Read this file first, then
+NA-LR sections 2.1 and C.1. t = 0 is the clean image, t = 1 nearly clean, t = T = 1000 noise. Arrays over t
+have length T + 1 and are indexed by t itself. Read this file first, then
 lowrank.py. The loss weights of other methods stand at the end.
 """
 
 import math
-from bisect import bisect_left
 from fractions import Fraction
 
 import torch
@@ -68,9 +67,9 @@ def target(predict: str, x_0: torch.Tensor, eps: torch.Tensor, signal, noise) ->
 def predicted_x_0_and_eps(predict: str, output: torch.Tensor, x_t: torch.Tensor, signal, noise):
     """The way back: (x_0, eps) from the model's answer to x_t, two linear equations in two unknowns.
 
-    Of a model that predicts eps, x_0 is a division by the signal, which at t = T is 1/20,290 of the noise: an
+    Of a model that predicts eps, x_0 is a division by the signal, which at t = T is 1/20,291 of the noise: an
     error is multiplied by that much, and a sampler has to clip. With v and x_0 it is not, and nothing has to
-    be. """
+    be."""
     c_x, c_eps = target_coefficients(predict, signal, noise)
     determinant = signal * c_eps - noise * c_x  # eps: signal, v: 1, x_0: -noise
     return (c_eps * x_t - noise * output) / determinant, (signal * output - c_x * x_t) / determinant
@@ -98,7 +97,7 @@ def sampling_timesteps(n: int) -> list[int]:
     """
     if not 1 <= n <= T:
         raise ValueError(f"{n} sampling steps; a sampler takes 1 to {T}")
-    # in integers: round-half-up has no platform-dependent ties
+    # rounded in integers, so that no machine rounds a half the other way
     return [(2 * T * i + n) // (2 * n) for i in range(n, 0, -1)] + [0]
 
 
@@ -110,6 +109,9 @@ def _exact(x: float) -> Fraction:
     """The decimal number that was typed: 0.07 * 100 is 7 here, not 7.000000000000001, whose ceiling
     would be 8."""
     return Fraction(str(x))
+
+
+PROFILES = ("logistic", "linear")
 
 
 class RankSchedule:
@@ -131,8 +133,8 @@ class RankSchedule:
                  steepness: float = 8.0, midpoint: float = 0.5, multiple: int = 1):
         """Raises ValueError for an unknown profile, rho_min outside (0, 1], warm_start outside [0, 1] or a
         multiple below 1."""
-        if profile not in ("logistic", "linear"):
-            raise ValueError(f"rank profile {profile!r} is unknown; use logistic or linear")
+        if profile not in PROFILES:
+            raise ValueError(f"rank profile {profile!r} is unknown; use {' or '.join(PROFILES)}")
         if not 0 < rho_min <= 1:
             raise ValueError(f"rho_min {rho_min} must lie in (0, 1]")
         if not 0 <= warm_start <= 1:
@@ -194,9 +196,7 @@ def iso_compute_rank(r_base: int, rank_schedule: RankSchedule, limit: int) -> in
 
     # the average never falls as r_max grows, and is at least rho_min of it: bisection finds the place
     candidates = range(min(r_base, limit), min(limit, math.ceil(r_base / _exact(rank_schedule.rho_min))) + 1)
-    i = bisect_left(candidates, r_base, key=average)
-    closest = min(candidates[max(0, i - 1):i + 1], key=lambda r_max: abs(average(r_max) - r_base))
-    return candidates[bisect_left(candidates, average(closest), key=average)]
+    return min(candidates, key=lambda r_max: abs(average(r_max) - r_base))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def min_snr_weight(schedule: NoiseSchedule, predict: str) -> torch.Tensor:
 
 
 def p2_weight(schedule: NoiseSchedule, predict: str) -> torch.Tensor:
-    """P2 (Choi et al. 2022) with gamma = k = 1: 1 / (1 + SNR) of the eps loss."""
+    """P2 (Choi et al. 2022) with both constants 1: 1 / (1 + SNR) of the eps loss."""
     return eps_loss_factor(predict, schedule) / (1 + torch.exp(schedule.log_snr))
 
 

@@ -90,7 +90,7 @@ def setting(default, help: str = "", low=-math.inf, high=math.inf, above=-math.i
     """A dataclass field of type int, float, bool or str, or of one of these or None.
 
     low, high: the smallest and the largest value; above: larger than this. A field without `help` gets no
-    flag. """
+    flag."""
     choices = tuple(choices) if choices is not None else None
     return field(default=default, metadata=dict(help=help, low=low, high=high, above=above, choices=choices,
                                                 metavar=metavar))
@@ -119,8 +119,8 @@ def add_flags(parser, dataclass, only: tuple[str, ...] | None = None) -> None:
         m, kind = f.metadata, _kind(f)
         if not m["help"] or (only and f.name not in only):
             continue
-        words = {True: " (default on)", False: " (default off)", None: ""}
-        text = (m["help"] + words.get(f.default, f" (default {f.default})")).replace("%", "%%")
+        default = {True: "on", False: "off"}[f.default] if kind is bool else f.default
+        text = (m["help"] + ("" if default is None else f" (default {default})")).replace("%", "%%")
         if kind is bool:
             parser.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, default=None, help=text)
             continue

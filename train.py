@@ -10,6 +10,7 @@ The defaults are those of D.1, for every DiT-* model; tiny has
 {TINY}
 Runs of fewer steps than the paper's shorten the warm-up to 5 % of the steps and let the EMA forget faster.
 A run folder holds config.json, metrics.jsonl, state.pt (to go on), model.pt (EMA, to sample) and samples/.
+Read model.py and curriculum.py before, sample.py after.
 """
 
 import contextlib
@@ -123,12 +124,12 @@ class Batch(NamedTuple):
     x_0: torch.Tensor  # (B, 3, H, W) in [-1, 1]
     y: torch.Tensor  # (B,) labels, or the number of classes for "no class"
     eps: torch.Tensor  # (B, 3, H, W)
-    t: torch.Tensor  # (B,) on the CPU: ranks are chosen there, and no device has to be asked
+    t: torch.Tensor  # (B,) on the CPU: channels are chosen there, and no device has to be asked
 
 
 def draw_batch(dataset: Dataset, state: "State", s: Settings, mine: slice = slice(None)):
     """The next Batch, of which this process takes `mine`, and the t of all of it. Images come in random
-    order, so that of t is free; sorted, samples of similar rank lie side by side."""
+    order, so that of t is free: ascending, images that need similarly many channels lie side by side."""
     none, device, rng = state.model.config.num_classes, dataset.images.device, state.device_rng
     index = batch_indices(len(dataset.images), state.step, s.batch_size, s.seed, device)
     x_0, y = dataset.images[index], dataset.labels[index]
@@ -167,12 +168,13 @@ def train_step(net, state: "State", batch: Batch, s: Settings, slices: int = 1,
     """
     model, probabilities = state.model, state.curriculum.probabilities()
     weight = loss_weight(s.weighting, NOISE, model.config.predict, probabilities).float()  # (T + 1,)
-    parts = [Batch(*part) for part in zip(*(x.tensor_split(min(slices, len(batch.t))) for x in batch))]
+    columns = [x.tensor_split(min(slices, len(batch.t))) for x in batch]
+    parts = [Batch(*part) for part in zip(*columns)]
     losses = []
     for part in parts:
         is_last = part is parts[-1]
-        # several processes average their gradients once a step, with the last slice
-        with contextlib.nullcontext() if is_last or not hasattr(net, "no_sync") else net.no_sync():
+        wait = not is_last and hasattr(net, "no_sync")  # processes average once, with the last slice
+        with net.no_sync() if wait else contextlib.nullcontext():
             sample_loss = denoising_loss(net, model, part, dtype)  # (B of the slice,)
             loss = (to_device(weight[part.t], sample_loss.device) * sample_loss).sum() / len(batch.t)
             if is_last and s.orthogonality > 0 and model.ranks:
@@ -251,7 +253,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 # ====================================================================================================
-# Below this line: what is saved, the run folder, what is printed. Nothing of the method.
+# Below this line: what is saved, the run folder, what is printed. Of the method only the first lines of State
+# (AdamW, the curriculum) and in Log.write the losses that the curriculum sees.
 
 
 class State:
