@@ -21,12 +21,12 @@ def uniform(T: int, first: int = 1, last: int | None = None) -> torch.Tensor:
     return p / p.sum()
 
 
-def speed(T: int, tau: int = 700, k: float = 2.0) -> torch.Tensor:
-    """SpeeD (Wang et al. 2024): t <= tau drawn k times as often as later ones. Their tau belongs to a
+def speed(T: int, tau: int = 700, times: float = 2.0) -> torch.Tensor:
+    """SpeeD (Wang et al. 2024): t <= tau drawn `times` as often as later ones. Their tau belongs to a
     linear noise schedule."""
     p = torch.ones(T + 1, dtype=torch.float64)
     p[0] = 0
-    p[1:tau + 1] = k
+    p[1:tau + 1] = times
     return p / p.sum()
 
 

@@ -28,8 +28,8 @@ Active = dict[int, Channels] | None  # by r_max
 
 
 def masked_channels(phi: torch.Tensor) -> Channels:
-    """S[i, j] = 1 where channel j < Phi(t_i), NA-LR Eq. (3), inside the channels of the neediest sample.
-    phi: int64 (B,) on the CPU, which must know how much to compute."""
+    """S[i, j] = 1 where channel j (from 0) < Phi(t_i): NA-LR Eq. (3), transposed, inside the channels of the
+    neediest sample. phi: int64 (B,) on the CPU, which must know how much to compute."""
     k = int(phi.max())
     return Channels(k, (torch.arange(k) < phi[:, None]).float())  # (B, k)
 
@@ -143,8 +143,8 @@ def orthogonality_penalty(model: nn.Module, active: Active = None) -> torch.Tens
         groups[k, layer.V.shape[1]].append(layer.V[:k])
     total = 0.0
     for (k, _), factors in groups.items():
-        stack = torch.stack(factors)  # (L, k, m)
-        gram = stack @ stack.mT  # (L, k, k)
+        stack = torch.stack(factors)  # (layers, k, m or n): stored transposed
+        gram = stack @ stack.mT  # (layers, k, k)
         off = gram - torch.diag_embed(torch.diagonal(gram, dim1=1, dim2=2))
         total = total + off.square().sum() / k
     return total

@@ -28,7 +28,7 @@ from script import (DEVICES, DTYPES, InputError, Parser, duration, end_progress,
 # ----------------------------------------------------------------------------------------------------
 # From the model to x_0 and eps
 
-Predictor = Callable[[torch.Tensor, int], torch.Tensor]  # (x, t) -> eps, or what else a model predicts
+Predictor = Callable[[torch.Tensor, int], torch.Tensor]  # (x, t) -> what is predicted, such as eps
 
 
 def guided(model: DiT, y: torch.Tensor | None, guidance: float) -> Predictor:
