@@ -38,7 +38,7 @@ class Config:
 
     num_classes: label rows besides the extra one for "no class"; 0 for unconditional data
     """
-    depth: int = setting(12, low=1)
+    depth: int = setting(12, low=1, high=1000)  # or a damaged file would build layers for hours
     width: int = setting(384, low=1)
     heads: int = setting(6, low=1)
     patch: int = setting(2, low=1)
