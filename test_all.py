@@ -593,8 +593,8 @@ def test_sampling_timesteps(n):
     (lambda: lowrank.LowRankLinear(4, 6, 5), "1..4"), (lambda: lowrank.LowRankLinear(4, 6, 0), "1..4"),
     *((lambda wrong=wrong: Config(**SMALL | wrong), next(iter(wrong)).replace("_", ".")) for wrong in (
         dict(image_size=9), dict(keep=0.0), dict(keep=1.5), dict(keep="0.5"), dict(keep=math.nan), dict(heads=3),
-        dict(method="lora"), dict(method=["full"]), dict(rho_min=0.0), dict(depth=2.5), dict(warm_start=2.0),
-        dict(width=10**30), dict(num_classes=-1), dict(rank_profile="cubic"), dict(predict="x_0")))])
+        dict(method="lora"), dict(method=["full"]), dict(rho_min=0.0), dict(depth=2.5), dict(depth=10**8),
+        dict(width=10**30), dict(warm_start=2.0), dict(rank_profile="cubic"), dict(predict="x_0")))])
 def test_values_out_of_range(call, says):
     with pytest.raises(ValueError, match=says):
         call()
@@ -1539,7 +1539,7 @@ def test_a_second_training_is_refused_and_ctrl_c_saves_the_first(tmp_path):
     end = time.time() + 120
     while process.poll() is None and not (folder / "metrics.jsonl").exists() and time.time() < end:
         time.sleep(0.01)
-    refuses(train, "--resume", "--out", folder, says="another process")
+    refuses(train, "--resume", "--steps", 1, "--out", folder, says="another process")
     process.send_signal(SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "--resume" in err and "Traceback" not in err
