@@ -1710,7 +1710,7 @@ def test_resume_refuses_what_does_not_belong_together(run, tmp_path):
         refuses(train, "--resume", "--out", folder, says="config.json is not a run's settings")
     (folder / "config.json").write_text(json.dumps(config))
     whole, state = (run / "state.pt").read_bytes(), saved(run)
-    moments = state["optimizer"]["state"] | {0: state["optimizer"]["state"][0] | {"exp_avg": torch.zeros(3, 3)}}
+    moments = state["optimizer"]["state"] | {0: state["optimizer"]["state"][0] | {"exp_avg": torch.zeros(10**5)}}
     for content, says in (({"step": 6}, "not a file that train.py wrote"), (state | {"model": {}}, "does not fit"),
                           (state | {"step": "six"}, "does not fit"),
                           (state | {"optimizer": state["optimizer"] | {"state": moments}}, "optimiser")):
