@@ -200,19 +200,9 @@ def update_ema(state: "State", s: Settings) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """argv: the command line, for scripts that train; default what was typed."""
-    folder, s, given, saved = read_command_line(argv)
-    processes = Processes(pick_device(s.device))
+    run, given = open_run(argv)
+    _, s, state, dataset, processes = run
     device, dtype = processes.device, pick_dtype(s.dtype, processes.device)
-    for number in range(processes.count):  # in turns: what the first one downloads or caches, the others find
-        if number == processes.number:
-            source = open_source(s.dataset, s.data_dir, image_size=s.image_size, seed=s.seed)
-            config = choose_config(source, s, given, saved, processes)
-            dataset = decode(source, s.data_dir).to(device)
-        processes.gather(None)
-    state = State(s, config, device)
-    if saved and (folder / "state.pt").exists():
-        load(folder / "state.pt", s, state, processes)
-    run = Run(start_folder(folder, s, state, dataset, processes), s, state, dataset, processes)
     print_summary(run, given, dtype)
     net = torch.compile(state.model) if s.compile else state.model
     if processes.count > 1:  # averages the gradients; all weights are alike from the start
@@ -232,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
         state.losses.append(train_step(net, state, batch, s, slices, dtype))
         state.timesteps.append(t)
         update_ema(state, s)
-        state.spent += flops.train_step(config, t.tolist(), slices, state.curriculum.t_low,
+        state.spent += flops.train_step(state.model.config, t.tolist(), slices, state.curriculum.t_low,
                                         s.orthogonality > 0, processes.count)
         state.step += 1
 
@@ -364,6 +354,22 @@ def check_finite(run: Run, values: torch.Tensor) -> None:
 
 # ----------------------------------------------------------------------------------------------------
 # The run folder
+
+
+def open_run(argv: list[str] | None) -> tuple[Run, dict]:
+    """The run that a command line begins or goes on with, and the flags given. Raises InputError."""
+    folder, s, given, saved = read_command_line(argv)
+    processes = Processes(pick_device(s.device))
+    for number in range(processes.count):  # in turns: what the first one downloads or caches, the others find
+        if number == processes.number:
+            source = open_source(s.dataset, s.data_dir, image_size=s.image_size, seed=s.seed)
+            config = choose_config(source, s, given, saved, processes)
+            dataset = decode(source, s.data_dir).to(processes.device)
+        processes.gather(None)
+    state = State(s, config, processes.device)
+    if saved and (folder / "state.pt").exists():
+        load(folder / "state.pt", s, state, processes)
+    return Run(start_folder(folder, s, state, dataset, processes), s, state, dataset, processes), given
 
 
 def read_command_line(argv: list[str] | None):

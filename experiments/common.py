@@ -20,12 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 import curves
 import plot
 import train
-from data import DATASETS, Dataset, decode, load, open_source, to_unit
+from data import DATASETS, Dataset, load, open_source, to_unit
 from model import PRESETS, Config, DiT, preset_config
 from sample import ImageNoise, draw_images, load_model
 from schedule import T, eps_loss_factor
-from script import (DEVICES, InputError, Parser, Processes, end_progress, flag, pick_device, positive_int,
-                    sha256_of, write_then_rename)
+from script import (DEVICES, InputError, Parser, end_progress, flag, positive_int, sha256_of,
+                    write_then_rename)
 
 GROUP_EDGES = [*train.LOSS_GROUPS, T + 1]  # five groups of timesteps of similar log-SNR, NA-LR B.1
 GROUP_NAMES = [f"{first}-{end - 1}" for first, end in zip(GROUP_EDGES, GROUP_EDGES[1:])]
@@ -198,14 +198,7 @@ def check_length(folder: Path, steps: int) -> None:
 
 def open_run(folder: Path, flags: list[str]) -> train.Run:
     """A run as train.py begins it or resumes it, for steps of another kind (`go_on`)."""
-    _, s, given, saved = train.read_command_line(["--resume", "--out", str(folder), *flags])
-    processes = Processes(pick_device(s.device))
-    source = open_source(s.dataset, s.data_dir, image_size=s.image_size, seed=s.seed)
-    config = train.choose_config(source, s, given, saved, processes)
-    dataset, state = decode(source, s.data_dir).to(processes.device), train.State(s, config, processes.device)
-    if saved and (folder / "state.pt").exists():
-        train.load(folder / "state.pt", s, state, processes)
-    return train.Run(train.start_folder(folder, s, state, dataset, processes), s, state, dataset, processes)
+    return train.open_run(["--resume", "--out", str(folder), *flags])[0]
 
 
 def go_on(run: train.Run, take_step: Callable[[train.Batch], torch.Tensor], cost: int,
