@@ -10,6 +10,7 @@ curriculum.py before.
     python flops.py --paper                    the published figures beside ours (experiments/paper_tables.py)
 """
 
+import bisect
 import functools
 import json
 import math
@@ -22,7 +23,8 @@ import torch
 
 from curriculum import Curriculum, cluster_timesteps
 from model import Config, linear_layers, parameter_count, preset_config, summary
-from schedule import T, NoiseSchedule, sampling_timesteps
+from schedule import (Profile, T, NoiseSchedule, elastic_shares, sampling_timesteps, share_at,
+                      share_of)
 from script import Parser, add_flags, positive_int, run_script
 
 # ----------------------------------------------------------------------------------------------------
@@ -64,28 +66,56 @@ def _channels(config: Config) -> dict[int, list[int]]:
     return {r: schedule.table(r).tolist() if schedule else [r] * (T + 1) for r in ranks}
 
 
-def channels(config: Config, t: int) -> dict[int, int]:
-    """{r_max: Phi(t)}: the channels that a sampler computes at t, and a slice of a batch whose lowest
-    timestep is t."""
-    return {r: phi[t] for r, phi in _channels(config).items()}
+def channels(config: Config, *t: int, share: float = 1.0) -> dict[int, int]:
+    """{r_max: channels computed}: by a sampler at t, or by a slice of a batch with these t; never more than
+    `share` of r_max."""
+    return {r: min(max(phi[i] for i in t), share_of(share, r)) for r, phi in _channels(config).items()}
 
 
-@functools.cache
-def at_timestep(config: Config, t: int) -> tuple[int, int]:
-    """Multiply-adds of one image at t: (forward pass, forward and backward pass)."""
-    found = products(config, channels(config, t))
+def channels_from(config: Config, t_low: int) -> dict[int, int]:
+    """{r_max: channels that timesteps from t_low up use}."""
+    return {r: max(phi[t_low:]) for r, phi in _channels(config).items()}
+
+
+@functools.lru_cache(10_000)
+def _cost(config: Config, *k: int) -> tuple[int, int]:
+    """Multiply-adds of one image with k channels for each r_max: (forward pass, forward and backward)."""
+    found = products(config, dict(zip(_channels(config), k)))
     return sum(p.size for p in found), sum(p.size * p.in_training for p in found)
 
 
-@functools.cache
-def sampling(config: Config, steps: int = 100, guidance: bool = False) -> int:
+def one_image(config: Config, *t: int, share: float = 1.0) -> tuple[int, int]:
+    """Multiply-adds of one image with these `channels`: (forward pass, forward and backward pass)."""
+    return _cost(config, *channels(config, *t, share=share).values())
+
+
+def sampling(config: Config, steps: int = 100, guidance: bool = False, ranks: Profile | None = None,
+             guide_share: float = 1.0) -> int:
     """Multiply-adds of sampling one image, each pass sliced to its Phi(t). NA-LR Eq. (5).
 
     guidance: classifier-free guidance, two passes a step. Timestep and label layers count for every
     image, though a batch computes them once.
+    ranks, guide_share: as in `sample.Shares`
     """
-    passes = 2 if guidance else 1
-    return passes * sum(at_timestep(config, t)[0] for t in sampling_timesteps(steps)[:-1])
+    total = 0
+    for t in sampling_timesteps(steps)[:-1]:
+        share = share_at(ranks, t) if ranks else 1.0
+        total += one_image(config, t, share=share)[0]
+        if guidance:
+            total += one_image(config, t, share=min(share, guide_share))[0]
+    return total
+
+
+def budget_share(config: Config, budget: float) -> float:
+    """The largest share of the channels whose forward pass takes at most `budget` times the multiply-adds of
+    all channels. Cost grows in steps, where share * r_max passes a whole number for some r_max; the largest
+    share on a step is j / r_max: these are searched. Raises ValueError if not even the first one fits."""
+    allowed = budget * one_image(config, T)[0]
+    steps = sorted({j / r for r in _channels(config) for j in range(1, r + 1)})
+    fitting = bisect.bisect_right(steps, allowed, key=lambda share: one_image(config, T, share=share)[0])
+    if not fitting:
+        raise ValueError(f"a budget of {budget:g} does not even pay for one channel in every layer")
+    return steps[fitting - 1]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -93,32 +123,39 @@ def sampling(config: Config, steps: int = 100, guidance: bool = False) -> int:
 
 
 def penalty_step(config: Config, t_low: int = 1) -> int:
-    """Multiply-adds of `lowrank.orthogonality_penalty` over the Phi(t_low) channels: for each factor (k, m)
-    the Gram matrix costs k k m, and the gradient two such products."""
-    k = channels(config, t_low)
+    """Multiply-adds of `lowrank.orthogonality_penalty` over the channels from t_low up: for each factor
+    (k, m) the Gram matrix costs k k m, and the gradient two such products."""
+    k = channels_from(config, t_low)
     return sum(3 * k[layer.rank] ** 2 * (layer.n + layer.m) for layer in linear_layers(config) if layer.rank)
 
 
 def train_step(config: Config, t: list[int], slices: int = 1, t_low: int = 1, penalty: bool = True,
-               processes: int = 1) -> int:
-    """Multiply-adds of a training step on the timesteps t, ascending. Every slice computes for all its
-    samples the channels that its first one needs; masks inside it save nothing.
+               processes: int = 1, share: torch.Tensor | None = None, distil: bool = False) -> int:
+    """Multiply-adds of a training step on the timesteps t, in the order of the batch. Every slice computes
+    for all its samples the channels that its neediest one uses; masks inside it save nothing.
 
     t_low: the lowest timestep of the curriculum's stage, for the penalty
     processes: they share the batch out in turns; each cuts slices of its own and computes the penalty
+    share: of the channels, for each sample of an elastic model (B,)
+    distil: samples that drew less than all channels pass forward once more, with all of them
     """
     total = processes * penalty_step(config, t_low) if penalty else 0
+    share = [1.0] * len(t) if share is None else share.tolist()
     for process in range(processes):
-        for part in torch.tensor(t[process::processes]).tensor_split(min(slices, len(t))):
+        rows = torch.arange(process, len(t), processes)
+        for part in rows.tensor_split(min(slices, len(t))):
             if len(part):
-                total += len(part) * at_timestep(config, int(part[0]))[1]
+                needed = max(share[i] for i in part)
+                total += len(part) * one_image(config, *(t[i] for i in part), share=needed)[1]
+    if distil:
+        total += sum(x < 1 for x in share) * one_image(config, T)[0]
     return total
 
 
 def training_run(config: Config, steps: int, batch_size: int, stages: list[tuple[int, int]] = (),
-                 penalty: bool = True, slices: int = 1) -> int:
-    """Multiply-adds of a run of `steps` steps, each counted by a typical batch, whose timesteps are the
-    middles of `batch_size` equal strata; random batches cost a little more or less.
+                 penalty: bool = True, slices: int = 1, distil: bool = False) -> int:
+    """Multiply-adds of a run of `steps` steps, each counted by a typical batch: its timesteps (and shares, if
+    elastic) are the middles of `batch_size` equal strata; random batches cost a little more or less.
 
     stages: (number of steps, t_low) of each curriculum stage; the steps that no stage takes have t_low = 1,
     as the whole run has without a curriculum. Raises ValueError when the stages take more than `steps`."""
@@ -128,10 +165,12 @@ def training_run(config: Config, steps: int, batch_size: int, stages: list[tuple
     plan = [*stages, (rest, 1)]
     curriculum, total = Curriculum(sorted(t_low for _, t_low in plan), T, steps), 0
     middles = (torch.arange(batch_size, dtype=torch.float64) + 0.5) / batch_size
+    share = elastic_shares(batch_size, config.rho_min) if config.method == "elastic" else None
     for stage, (n, t_low) in enumerate(plan):
         curriculum.stage = stage
-        t = torch.searchsorted(curriculum.probabilities().cumsum(0), middles).clamp(max=T)
-        total += n * train_step(config, t.tolist(), slices, t_low, penalty)
+        t = torch.searchsorted(curriculum.probabilities().cumsum(0), middles).clamp(max=T).tolist()
+        t.sort(key=lambda i: -sum(channels(config, i).values()))  # by falling rank, as a batch is
+        total += n * train_step(config, t, slices, t_low, penalty, 1, share, distil)
     return total
 
 
@@ -205,7 +244,7 @@ def chart(config: Config) -> list[str]:
     layer = max((layer for layer in linear_layers(config) if layer.rank), key=lambda layer: layer.rank)
     lines = [f"   t  {f'active channels of {layer.name}, of {layer.rank}':37}  multiply-adds of a pass"]
     for t in CHART_T:
-        k, cost = channels(config, t)[layer.rank], at_timestep(config, t)[0]
+        k, cost = channels(config, t)[layer.rank], one_image(config, t)[0]
         k_bar, cost_bar = ("#" * round(24 * share) for share in (k / layer.rank, cost / full))
         lines.append(f"{t:4d}  {k_bar:.<24} {k:5d} {k / layer.rank:5.0%}   {cost_bar:.<24} {amount(cost):>9}")
     return lines
@@ -221,7 +260,7 @@ def main():
     add_flags(parser.add_argument_group("model"), Config)
     add_flags(parser.add_argument_group("training"), Settings, only=(
         "model", "image_size", "steps", "batch_size", "orthogonality", "curriculum_groups",
-        "curriculum_share", "slices"))
+        "curriculum_share", "slices", "distil"))
     args = parser.parse_args()
 
     if args.paper:
@@ -233,12 +272,13 @@ def main():
         s = choose_settings({"model": "tiny"} | given)
         config = preset_config(s.model, given, image_size=16 if s.model == "tiny" else 32)
         stages = longest_curriculum(s.steps, s.curriculum_groups, s.curriculum_share)
-        spent = training_run(config, s.steps, s.batch_size, stages, s.orthogonality > 0, s.slices or 1)
+        spent = training_run(config, s.steps, s.batch_size, stages, s.orthogonality > 0, s.slices or 1,
+                             s.distil > 0 and config.method == "elastic")
         rows = compare(config, s, args.sampling_steps, spent)
     except ValueError as error:
         parser.error(str(error))
     if args.json:
-        by_t = [dict(t=t, channels=channels(config, t), forward=at_timestep(config, t)[0]) for t in CHART_T]
+        by_t = [dict(t=t, channels=channels(config, t), forward=one_image(config, t)[0]) for t in CHART_T]
         settings = dict(steps=s.steps, batch_size=s.batch_size, slices=s.slices or 1,
                         penalty=s.orthogonality > 0, sampling_steps=args.sampling_steps)
         print(json.dumps(dict(config=asdict(config), **settings, models=rows, by_t=by_t), indent=1))

@@ -6,6 +6,7 @@ the network. Read lowrank.py before, curriculum.py after.
 """
 
 import functools
+import json
 import math
 from collections import Counter
 from dataclasses import dataclass, fields, replace
@@ -15,10 +16,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lowrank import Active, Channels, Linear, factorise, masked_channels
-from schedule import PREDICTIONS, PROFILES, T, RankSchedule, base_rank, iso_compute_rank
-from script import InputError, check_fields, setting, to_device
+from schedule import PREDICTIONS, PROFILES, T, RankSchedule, base_rank, iso_compute_rank, share_of
+from script import InputError, check_fields, one_line, setting, to_device
 
-METHODS = ("full", "static", "iso-compute", "iso-param")
+METHODS = ("full", "static", "iso-compute", "iso-param", "elastic")
 
 # depth, width, heads of the original DiT family; each comes with patches of 2, 4 and 8 pixels
 SIZES = {"DiT-S": (12, 384, 6), "DiT-B": (12, 768, 12), "DiT-L": (24, 1024, 16), "DiT-XL": (28, 1152, 16)}
@@ -29,6 +30,23 @@ PRESETS = {
 # small enough to learn `shapes` on two CPU cores in minutes
 PRESETS["tiny"] = dict(depth=3, width=192, heads=6, patch=4, conditioning="shared", dense_mlp_blocks=0,
                        predict="v", keep=0.25)
+ELASTIC = dict(keep=1.0, rho_min=0.1)  # as many parameters as full rank, a tenth of the channels at least
+
+
+def read_profile(text: str) -> str | tuple:
+    """A name, or the content of a JSON file {"t": [1, 34], "share": [1.0, 0.6]}, which means: from each t on,
+    that share of r_max; as pairs (t, share). Raises InputError."""
+    if text in PROFILES:
+        return text
+    try:
+        with open(text, "rb") as file:
+            found = json.load(file)
+        profile = tuple(zip(map(int, found["t"]), map(float, found["share"]), strict=True))
+        RankSchedule(profile)
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise InputError(f"rank profile {text!r} is neither {' nor '.join(PROFILES)} nor a JSON file like "
+                         f'{{"t": [1, 34], "share": [1.0, 0.6]}} ({one_line(error)})') from None
+    return profile
 
 
 @dataclass(frozen=True)
@@ -48,11 +66,13 @@ class Config:
     predict: str = setting("eps", "what the model predicts: the noise, v = sqrt(ab) eps - sqrt(1 - ab) x_0, "
                            "or the image; tiny: v", choices=PREDICTIONS)
     method: str = setting("iso-compute", "full: dense; static: one rank for all t; iso-compute: adapted to "
-                          "noise, at the cost of static; iso-param: the same with the parameters of static",
-                          choices=METHODS)
-    keep: float = setting(0.5, "share of parameters that a static layer keeps; tiny: 0.25", above=0, high=1)
-    rank_profile: str = setting("logistic", "shape of Phi(t)", choices=PROFILES)
-    rho_min: float = setting(0.4, "smallest share of r_max that is active", above=0, high=1)
+                          "noise, at the cost of static; iso-param: the same with the parameters of static; "
+                          "elastic: any share of the channels can be used for sampling", choices=METHODS)
+    keep: float = setting(0.5, "share of parameters that a static layer keeps; tiny: 0.25, elastic: 1",
+                          above=0, high=1)
+    rank_profile: str | tuple = setting("logistic", "shape of Phi(t): logistic, linear, or a file of shares",
+                                        choices=PROFILES, parse=read_profile, metavar="NAME|FILE.json")
+    rho_min: float = setting(0.4, "smallest share of r_max that is active; elastic: 0.1", above=0, high=1)
     warm_start: float = setting(0.1, "share of t, from the clean end, that always has r_max", low=0, high=1)
     rank_multiple: int = setting(1, "round active ranks up to a multiple; tensor cores like 8 or 16", low=1)
     conditioning: str = setting("per-block", "timestep and label embedder in every block, as the published "
@@ -63,7 +83,10 @@ class Config:
                              "counts, or what the paper's text names", choices=("all", "attention-mlp"))
 
     def __post_init__(self):
+        if isinstance(self.rank_profile, list):  # as JSON has it; a tuple can be hashed
+            object.__setattr__(self, "rank_profile", tuple(map(tuple, self.rank_profile)))
         check_fields(self)
+        self.rank_schedule()  # raises ValueError for a profile that is none
         if self.image_size % self.patch:
             raise InputError(f"image size {self.image_size} is not divisible by the patch size {self.patch}; "
                              "choose another --image-size or a model with another patch (DiT-S/2, /4, /8)")
@@ -250,19 +273,33 @@ class DiT(nn.Module):
         for layer in [block.adaln for block in self.blocks] + [self.final_adaln, self.final_out]:
             nn.init.zeros_(layer.weight)
 
-    def active(self, t: int | torch.Tensor) -> Active:
-        """How many channels every layer uses at timestep t; None for a model without a rank schedule.
+    def active(self, t: int | torch.Tensor, share: float | torch.Tensor | None = None) -> Active:
+        """How many channels every layer uses at timestep t; None where all of them are.
 
-        int t: slicing, for a batch that shares t.
-        t int64 (B,) on the CPU: a mask per sample, inside the channels that the neediest sample uses.
+        t int: slicing, for a batch that shares t. t int64 (B,) on the CPU: a mask per sample, inside the
+        channels that the neediest sample uses.
+        share: of r_max, which no sample exceeds whatever the rank schedule says: a float for all, or float64
+        (B,) on the CPU. None: no such limit.
         """
+        if self.rank_schedule is None and share is None:
+            return None
+        active = {}
+        for r in self.ranks:
+            k = torch.as_tensor(r if self.rank_schedule is None else self.rank_schedule.active(t, r))
+            if share is not None:
+                k = k.clamp(max=share_of(share, r))
+            if k.dim() == 0:
+                active[r] = Channels(int(k))
+            else:
+                k, mask = masked_channels(k)
+                active[r] = Channels(k, to_device(mask, self.position.device))
+        return active
+
+    def active_from(self, t_low: int) -> Active:
+        """The channels that any timestep from t_low up uses: those of a stage of the curriculum."""
         if self.rank_schedule is None:
             return None
-        phi = {r: self.rank_schedule.active(t, r) for r in self.ranks}
-        if isinstance(t, int):
-            return {r: Channels(k) for r, k in phi.items()}
-        active = {r: masked_channels(phi_r) for r, phi_r in phi.items()}
-        return {r: Channels(k, to_device(mask, self.position.device)) for r, (k, mask) in active.items()}
+        return {r: Channels(self.rank_schedule.most(t_low, r)) for r in self.ranks}
 
     def forward(self, x, t, y, active: Active = None):
         """x (B, C, H, W) float, t int64 (B,) in 1..T, y int64 (B,) in 0..num_classes, where
@@ -311,7 +348,8 @@ def preset_config(model: str, given: dict, **facts) -> Config:
     """The preset, overlaid with `facts` (image_size, channels, num_classes of the data), overlaid with those
     of the given flags that are fields of Config. Raises ValueError as `Config` does."""
     given = {f.name: given[f.name] for f in fields(Config) if f.name in given}
-    return Config(**(PRESETS[model] | facts | given))
+    by_method = ELASTIC if given.get("method") == "elastic" else {}
+    return Config(**(PRESETS[model] | by_method | facts | given))
 
 
 def summary(config: Config) -> str:
@@ -320,11 +358,15 @@ def summary(config: Config) -> str:
     full = parameter_count(replace(config, method="full"))
     text = config.method + ("" if config.method == "full" else f" keep {config.keep:g}")
     text += f", predicts {config.predict}: {parameter_count(config):,} parameters (full rank {full:,})"
-    schedule = config.rank_schedule()
+    schedule, least = config.rank_schedule(), lambda r: r
+    if schedule:
+        least = lambda r: int(schedule.table(r).min())
+    elif config.method == "elastic":
+        least = lambda r: share_of(config.rho_min, r)
     shapes = Counter((layer.m, layer.n, layer.rank) for layer in linear_layers(config) if layer.rank)
     for (m, n, r), count in sorted(shapes.items()):
-        least = f"{schedule.active(T, r)}.." if schedule else ""
-        text += f"\n{count:16d} layers {m:5d} x {n:<5d} rank {least}{r}"
+        ranks = f"{r}" if least(r) == r else f"{least(r)}..{r}"
+        text += f"\n{count:16d} layers {m:5d} x {n:<5d} rank {ranks}"
         if r * (m + n) > m * n:
             text += f"  (above m n / (m + n) = {m * n / (m + n):.0f}: costs more than dense)"
     return text

@@ -13,15 +13,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torchvision.utils import make_grid
 
+import flops
 from data import IMAGE_ENDINGS, to_uint8
-from model import Config, DiT
-from schedule import NoiseSchedule, predicted_x_0_and_eps, sampling_timesteps
+from model import Config, DiT, read_profile
+from schedule import NoiseSchedule, Profile, predicted_x_0_and_eps, sampling_timesteps, share_at
 from script import (DEVICES, DTYPES, InputError, Parser, duration, end_progress, one_line, pick_device,
                     pick_dtype, positive_int, read_checkpoint, run_script, show_progress, write_then_rename)
 
@@ -31,43 +33,71 @@ from script import (DEVICES, DTYPES, InputError, Parser, duration, end_progress,
 Predictor = Callable[[torch.Tensor, int], torch.Tensor]  # (x, t) -> what is predicted, such as eps
 
 
-def guided(model: DiT, y: torch.Tensor | None, guidance: float) -> Predictor:
+class Shares(NamedTuple):
+    """Which channels an elastic model computes.
+
+    ranks: a profile over t, ((1, share),) for one share everywhere; None: what the model's rank schedule says
+    guide: the largest share of r_max in the second pass of guidance, which is never given more than the first
+    guide_class: what the second pass is told, "none": classifier-free guidance, or "same": the class, so that
+    the passes differ in their rank alone (autoguidance, Karras et al. 2024)
+    """
+    ranks: Profile | None = None
+    guide: float = 1.0
+    guide_class: str = "none"
+
+
+def guided(model: DiT, y: torch.Tensor | None, guidance: float, shares: Shares = Shares()) -> Predictor:
     """The model's answer with classifier-free guidance (Ho and Salimans 2022): out_u + w (out_c - out_u).
     Whatever the model predicts is linear in eps at a given x, so this is their formula for eps.
 
-    y: int64 (B,), or None for "no class". With and without labels run as one batch, sliced to Phi(t). Where
-    both would be the same, or one has weight zero (w = 0, w = 1, no classes), only one half is computed.
-    What t and the labels say to the model does not depend on the image: it is computed once a step for
-    each distinct label.
+    y: int64 (B,), or None for "no class". Passes of equal rank run as one batch. Where both would be the
+    same, or one has weight zero (w = 0, w = 1), only one is computed.
     """
-    none = model.config.num_classes
-    both = y is not None and none > 0 and guidance not in (0, 1)
-    if y is None or guidance == 0:
-        distinct, which = torch.tensor([none], device=model.position.device), slice(None)
-    else:
-        labels = torch.cat([y, torch.full_like(y, none)]) if both else y
+    none = torch.tensor(model.config.num_classes, device=model.position.device)
+    y = none[None] if y is None else y
+    guide = y if shares.guide_class == "same" else none.expand_as(y)
+
+    def a_pass(labels):
+        """(x, t, share) -> the answer. What t and the labels say to the model does not depend on the image:
+        it is computed once a step for each distinct label."""
         distinct, which = labels.unique(return_inverse=True)
 
+        def answer(x, t, share):
+            active = model.active(t, share)
+            conditions = model.condition(torch.full_like(distinct, t), distinct, active)
+            return model.denoise(x, [c[which] for c in conditions], active).float()  # c: (labels, 1, ...)
+
+        return answer
+
+    first, second, both = a_pass(y), a_pass(guide), a_pass(torch.cat([y, guide]))
+    same_labels = torch.equal(y, guide)
+
     def output(x, t):
-        active = model.active(t)
-        conditions = model.condition(torch.full_like(distinct, t), distinct, active)  # each (labels, 1, ...)
-        conditions = [c[which] for c in conditions]  # each (2B, 1, ...), (B, 1, ...) or (1, 1, ...)
-        if not both:
-            return model.denoise(x, conditions, active).float()
-        out_c, out_u = model.denoise(torch.cat([x, x]), conditions, active).float().chunk(2)
+        share = share_at(shares.ranks, t) if shares.ranks else 1.0
+        guide_share = min(share, shares.guide)
+        if guidance == 1 or (same_labels and guide_share == share):
+            return first(x, t, share)
+        if guidance == 0:
+            return second(x, t, guide_share)
+        if guide_share == share:
+            out_c, out_u = both(torch.cat([x, x]), t, share).chunk(2)
+        else:
+            out_c, out_u = first(x, t, share), second(x, t, guide_share)
         return out_u + guidance * (out_c - out_u)
 
     return output
 
 
-def denoiser(model: DiT | Predictor, y: torch.Tensor | None, guidance: float, clip: bool):
+def denoiser(model: DiT | Predictor, y: torch.Tensor | None, guidance: float, clip: bool,
+             shares: Shares = Shares()):
     """(x, t) -> (x_0, eps), as the model sees them in x. Without a detour over eps in float32, which at t = T
     would cost x_0 four digits. model: a DiT, used with labels y and guidance, or any callable eps(x, t).
 
     clip: x_0 is clipped to [-1, 1] and eps made to fit it: of a model that predicts eps, errors are
     amplified 20,291 times at t = T and 64 times at 990. A model of v or x_0 does not need it there."""
-    is_dit = isinstance(model, DiT)
-    output, predict = (guided(model, y, guidance), model.config.predict) if is_dit else (model, "eps")
+    output, predict = model, "eps"
+    if isinstance(model, DiT):
+        output, predict = guided(model, y, guidance, shares), model.config.predict
     alpha_bar = NoiseSchedule().alpha_bar.tolist()  # Python floats: float64
 
     def x_0_and_eps(x, t):
@@ -87,13 +117,13 @@ def denoiser(model: DiT | Predictor, y: torch.Tensor | None, guidance: float, cl
 
 @torch.no_grad()
 def ddim(model: DiT | Predictor, x: torch.Tensor, steps: int = 100, y: torch.Tensor | None = None,
-         guidance: float = 2.0, clip: bool = True) -> Iterator[torch.Tensor]:
+         guidance: float = 2.0, clip: bool = True, shares: Shares = Shares()) -> Iterator[torch.Tensor]:
     """Deterministic DDIM (Song et al. 2021, Eq. 12 with eta = 0).
 
-    model: a DiT, used with labels y and guidance, or any callable eps(x, t) with an int t
+    model: a DiT, used with labels y, guidance and shares, or any callable eps(x, t) with an int t
     x: noise (B, C, H, W). Yields x at each of the `steps` timesteps after T, down to 0.
     """
-    denoise, alpha_bar = denoiser(model, y, guidance, clip), NoiseSchedule().alpha_bar.tolist()
+    denoise, alpha_bar = denoiser(model, y, guidance, clip, shares), NoiseSchedule().alpha_bar.tolist()
     visited = sampling_timesteps(steps)
     for t, t_next in zip(visited, visited[1:]):
         x_0, eps = denoise(x, t)
@@ -103,15 +133,15 @@ def ddim(model: DiT | Predictor, x: torch.Tensor, steps: int = 100, y: torch.Ten
 
 @torch.no_grad()
 def ddpm(model: DiT | Predictor, x: torch.Tensor, steps: int = 100, y: torch.Tensor | None = None,
-         guidance: float = 2.0, clip: bool = True, noise: Callable[[], torch.Tensor] | None = None
-         ) -> Iterator[torch.Tensor]:
+         guidance: float = 2.0, clip: bool = True, shares: Shares = Shares(),
+         noise: Callable[[], torch.Tensor] | None = None) -> Iterator[torch.Tensor]:
     """Ancestral sampling on the chain of the visited timesteps (Ho et al. 2020, Eq. 6 and 7), with the
     posterior variance beta-tilde of that chain. The last step adds no noise.
 
     noise: gives a new standard normal tensor like x at each call; default torch's global generator.
     Other arguments and what it yields: as `ddim`.
     """
-    denoise, alpha_bar = denoiser(model, y, guidance, clip), NoiseSchedule().alpha_bar.tolist()
+    denoise, alpha_bar = denoiser(model, y, guidance, clip, shares), NoiseSchedule().alpha_bar.tolist()
     visited = sampling_timesteps(steps)
     noise = noise or (lambda: torch.randn_like(x))
     for t, t_next in zip(visited, visited[1:]):
@@ -144,7 +174,7 @@ class ImageNoise:
 
 
 def draw_images(model: DiT, indices: range, classes: list[int], seed: int = 0, sampler: str = "ddim",
-                steps: int = 100, guidance: float = 2.0, clip: bool = True,
+                steps: int = 100, guidance: float = 2.0, clip: bool = True, shares: Shares = Shares(),
                 dtype: torch.dtype = torch.float32, on_step: Callable[[int], None] = lambda n: None):
     """Images number `indices` of this seed: uint8 (n, C, H, W) on the CPU, and their labels (n,).
 
@@ -156,9 +186,9 @@ def draw_images(model: DiT, indices: range, classes: list[int], seed: int = 0, s
     labels = torch.tensor([classes[i % len(classes)] for i in indices]) if classes else None
     y = None if labels is None else labels.to(device)
     if sampler == "ddim":
-        images = ddim(model, noise(), steps, y, guidance, clip)
+        images = ddim(model, noise(), steps, y, guidance, clip, shares)
     else:
-        images = ddpm(model, noise(), steps, y, guidance, clip, noise)
+        images = ddpm(model, noise(), steps, y, guidance, clip, shares, noise)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for done, x in enumerate(images, 1):
             on_step(done)
@@ -224,6 +254,33 @@ def choose_classes(text: str, names: list[str]) -> list[int]:
     return chosen
 
 
+def choose_shares(config: Config, budget: float | None, ranks: str | None, guide: float, guide_class: str):
+    """The Shares that were typed: --budget, or the file of --ranks, and the guide's share and class. Raises
+    InputError for channels that the model has not been trained with."""
+    if config.method != "elastic" and (budget is not None or ranks or guide != 1):
+        trained = "just Phi(t) channels at t" if config.rank_schedule() else "all channels at every t"
+        raise InputError(f"this run is of --method {config.method}, which has trained {trained}; --budget, "
+                         "--ranks and --guide-share take a run of --method elastic")
+    profile = None
+    if budget is not None:
+        if not 0 < budget <= 1:
+            raise InputError(f"--budget {budget:g} must lie in (0, 1], as a share of all multiply-adds")
+        least = flops.one_image(config, 1, share=config.rho_min)[0] / flops.one_image(config, 1)[0]
+        if budget < least:
+            raise InputError(f"--budget {budget:g}: the smallest share that this run has trained, "
+                             f"{config.rho_min:g}, takes {least:.3f} of all multiply-adds")
+        profile = ((1, flops.budget_share(config, budget)),)
+    elif ranks:
+        profile = read_profile(ranks)
+    if isinstance(profile, str):
+        raise InputError(f"--ranks {ranks}: give a JSON file of shares")
+    lowest = min([guide] + [share for _, share in profile or ()])
+    if not (config.rho_min <= lowest and guide <= 1):  # not NaN either
+        wrong = guide if guide > 1 else lowest
+        raise InputError(f"share {wrong:g} was not trained; this run takes {config.rho_min:g} to 1")
+    return Shares(profile, guide, guide_class)
+
+
 # ----------------------------------------------------------------------------------------------------
 # The script
 
@@ -240,6 +297,15 @@ def read_command_line():
     add("--steps", type=positive_int, default=100, metavar="N", help="1 to 1000 (default 100)")
     add("--guidance", type=float, metavar="W", help="eps = eps_u + W (eps_c - eps_u); 1 is plain conditional "
         "(default: the run's)")
+    shares = parser.add_mutually_exclusive_group().add_argument
+    shares("--budget", type=float, metavar="F", help="elastic runs: multiply-adds of a pass "
+           "as a share of those of all channels (default 1)")
+    shares("--ranks", metavar="FILE.json", help="elastic runs: shares of the channels over t, such as "
+           '{"t": [1, 500], "share": [0.5, 0.25]}; experiments/fit_ranks.py writes such files')
+    add("--guide-share", type=float, default=1.0, metavar="F", help="elastic runs: share of channels in the "
+        "second pass of guidance, such as 0.25 (default: as many as in the first)")
+    add("--guide-class", choices=("none", "same"), default="none", help="what the second pass is told; same: "
+        "the class, so that guidance comes from the smaller share alone (default none)")
     add("--no-clip", action="store_true", help="do not clip predicted images to [-1, 1] at every step")
     add("--seed", type=int, default=0, metavar="N", help="of the noise (default 0)")
     add("--out", metavar="FILE.png|FILE.npz|DIR", help="a grid, an array for fid.py, or a folder of PNGs "
@@ -274,9 +340,12 @@ def main():
     run = Path(args.run) if args.run else newest_run()
     model, state = load_model(run, device)
     classes = choose_classes(args.classes, state["classes"])
-    if not classes and args.guidance is not None:
-        print("note: --guidance has no effect: this model was trained without classes")
+    shares = choose_shares(model.config, args.budget, args.ranks, args.guide_share, args.guide_class)
     guidance = state["guidance"] if args.guidance is None else args.guidance
+    if not classes and shares.guide == 1:
+        if args.guidance is not None:
+            print("note: --guidance has no effect: this model was trained without classes")
+        guidance = 1.0
     batch_size = args.batch_size or (100 if device.type == "cpu" else 500)
     out = Path(args.out or run / "samples" / f"{args.sampler}{args.steps}_seed{args.seed}.png")
     as_folder = out.suffix not in (".png", ".npz")
@@ -294,7 +363,7 @@ def main():
                               f"{rate:.1f} images/s, {duration((args.num - done) / rate)} left")
 
         drawn, drawn_labels = draw_images(model, indices, classes, args.seed, args.sampler, args.steps,
-                                          guidance, not args.no_clip, dtype, on_step)
+                                          guidance, not args.no_clip, shares, dtype, on_step)
         if as_folder:
             for i, image in zip(indices, drawn):
                 save_png(out / f"{i:06d}.png", image)
@@ -309,8 +378,14 @@ def main():
         save_grid(out, torch.cat(images), grid_columns(len(classes)))
         if len(classes) == grid_columns(len(classes)):
             print("columns:", ", ".join(state["classes"][c] for c in classes))
-    guided_by = f", guidance {guidance:g}" if classes else ""
+    guided_by = f", guidance {guidance:g}" if guidance != 1 else ""
     print(f"{args.num} images, {args.sampler} {args.steps} steps{guided_by}: {out}")
+    two_passes = guidance not in (0, 1)
+    cost = flops.sampling(model.config, args.steps, two_passes, shares.ranks, shares.guide)
+    saved = 1 - cost / flops.sampling(model.config, args.steps, two_passes)
+    share = f"share {shares.ranks[0][1]:.3g} of the channels, " if args.budget else ""
+    print(f"{share}{flops.amount(cost)} multiply-adds an image" +
+          (f", {saved:.1%} less than with all channels" if saved else ""))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ lowrank.py. The loss weights of other methods stand at the end.
 """
 
 import math
-from fractions import Fraction
 
 import torch
 
@@ -105,10 +104,20 @@ def sampling_timesteps(n: int) -> list[int]:
 # Rank
 
 
-def _exact(x: float) -> Fraction:
-    """The decimal number that was typed: 0.07 * 100 is 7 here, not 7.000000000000001, whose ceiling
-    would be 8."""
-    return Fraction(str(x))
+def share_of(share, r_max: int):
+    """k = ceil(share r_max): an int for a float, int64 of its shape for a tensor. Less 1e-9 of a channel, for
+    0.07 * 100 is 7.000000000000001 in floats, whose ceiling would be 8."""
+    if isinstance(share, torch.Tensor):
+        return torch.ceil(share * r_max - 1e-9).long()
+    return math.ceil(share * r_max - 1e-9)
+
+
+Profile = tuple[tuple[int, float], ...]  # pairs (t, share): from each t on, that share of r_max
+
+
+def share_at(profile: Profile, t: int) -> float:
+    """The share of the last pair that begins at t or before."""
+    return [share for first, share in profile if first <= t][-1]
 
 
 PROFILES = ("logistic", "linear")
@@ -121,19 +130,28 @@ class RankSchedule:
         logistic:  f(t) = sigmoid(-steepness (t/T - midpoint)), 8 and 0.5      linear:  f(t) = 1 - t/T
         warm start (C.1.3):  Phi(t) = r_max for t <= floor(warm_start T)
 
+    With a profile of one's own, such as ((1, 1.0), (34, 0.6)), Phi(t) = ceil(share r_max). It may have any
+    shape, and has no use for rho_min and warm_start.
+
     multiple (ours): Phi(t) is rounded up to a multiple of this, but never above r_max. Tensor cores like
     8 or 16. It belongs to the model, for channels that were never trained at t must not speak there.
 
-    Phi never increases with t, so the channels used at more noise are the first of those used at less
-    (nested). The paper prints the two boundary conditions swapped. With the logistic profile f(T) is
+    The paper's Phi never increases with t, so the channels used at more noise are the first of those used at
+    less (nested). It prints the two boundary conditions swapped. With the logistic profile f(T) is
     0.018, so the ceiling keeps Phi(T) one or more above r_min; only the linear profile reaches it.
     """
 
-    def __init__(self, profile: str = "logistic", rho_min: float = 0.4, warm_start: float = 0.1,
+    def __init__(self, profile: str | Profile = "logistic", rho_min: float = 0.4, warm_start: float = 0.1,
                  steepness: float = 8.0, midpoint: float = 0.5, multiple: int = 1):
-        """Raises ValueError for an unknown profile, rho_min outside (0, 1], warm_start outside [0, 1] or a
-        multiple below 1."""
-        if profile not in PROFILES:
+        """Raises ValueError for an unknown profile, one whose timesteps do not rise from 1 or whose shares
+        lie outside (0, 1], rho_min outside (0, 1], warm_start outside [0, 1] or a multiple below 1."""
+        if isinstance(profile, tuple):
+            starts = [t for t, _ in profile]
+            if starts[:1] != [1] or starts != sorted(set(starts)) or starts[-1] > T:
+                raise ValueError(f"the timesteps of a rank profile must rise from 1 and end by {T}")
+            if not all(0 < share <= 1 for _, share in profile):
+                raise ValueError("the shares of a rank profile must lie in (0, 1]")
+        elif profile not in PROFILES:
             raise ValueError(f"rank profile {profile!r} is unknown; use {' or '.join(PROFILES)}")
         if not 0 < rho_min <= 1:
             raise ValueError(f"rho_min {rho_min} must lie in (0, 1]")
@@ -145,6 +163,11 @@ class RankSchedule:
         self.steepness, self.midpoint = steepness, midpoint
         self._tables = {}
 
+    @property
+    def least_share(self) -> float:
+        """No timestep has a smaller share of r_max."""
+        return self.rho_min if isinstance(self.profile, str) else min(share for _, share in self.profile)
+
     def table(self, r_max: int) -> torch.Tensor:
         """Phi(t) for every t: int64 (T + 1,). Computed once for each r_max; treat it as read-only."""
         if r_max not in self._tables:
@@ -152,15 +175,20 @@ class RankSchedule:
         return self._tables[r_max]
 
     def _compute(self, r_max: int) -> torch.Tensor:
-        r_min = math.ceil(_exact(self.rho_min) * r_max)
         t = torch.arange(T + 1, dtype=torch.float64)
-        if self.profile == "linear":
-            # multiplied before the division: (r_max - r_min)(1 - t/T) would miss exact integers by a rounding
-            grown = (r_max - r_min) * (T - t) / T
+        if isinstance(self.profile, tuple):
+            phi = torch.full((T + 1,), share_of(self.profile[0][1], r_max))
+            for first, share in self.profile:
+                phi[first:] = share_of(share, r_max)
         else:
-            grown = (r_max - r_min) * torch.sigmoid(-self.steepness * (t / T - self.midpoint))
-        phi = r_min + torch.ceil(grown).long()
-        phi[:math.floor(_exact(self.warm_start) * T) + 1] = r_max
+            r_min = share_of(self.rho_min, r_max)
+            if self.profile == "linear":
+                # multiplied first: (r_max - r_min)(1 - t/T) would miss exact integers by a rounding
+                grown = (r_max - r_min) * (T - t) / T
+            else:
+                grown = (r_max - r_min) * torch.sigmoid(-self.steepness * (t / T - self.midpoint))
+            phi = r_min + torch.ceil(grown).long()
+            phi[:math.floor(self.warm_start * T + 1e-9) + 1] = r_max
         return (-(-phi // self.multiple) * self.multiple).clamp(max=r_max)
 
     def active(self, t, r_max: int):
@@ -174,6 +202,21 @@ class RankSchedule:
             raise ValueError(f"timestep {t} must lie in 0..{T}")
         return int(self.table(r_max)[t])
 
+    def most(self, t_low: int, r_max: int) -> int:
+        """The largest Phi(t) of all t >= t_low: what a stage of the curriculum uses."""
+        return int(self.table(r_max)[t_low:].max())
+
+
+def elastic_shares(n: int, rho_min: float, generator: torch.Generator | None = None) -> torch.Tensor:
+    """The shares of the channels that the n samples of an elastic model's batch draw: float64 (n,), falling.
+
+    An eighth of them uses all channels, an eighth rho_min, and the rest lies uniformly between; one draw in
+    each of n equal strata, so that every batch has its large and small ones, as the sandwich rule of Yu and
+    Huang (2019) asks for. Without a generator: the middles of the strata."""
+    u = torch.rand(n, dtype=torch.float64, generator=generator) if generator else 0.5
+    u = (torch.arange(n - 1, -1, -1) + u) / n
+    return (rho_min + (1 - rho_min) * (u - 1 / 8) * 8 / 6).clamp(rho_min, 1)
+
 
 # ----------------------------------------------------------------------------------------------------
 # ISO presets (NA-LR 3.1): from the kept share of the parameters to a rank
@@ -182,7 +225,7 @@ class RankSchedule:
 def base_rank(keep: float, m: int, n: int) -> int:
     """r = floor(p m n / (m + n)), at least 1: the rank at which U and V together hold the share p of
     the m x n weights. At p = 1 a factorised layer costs exactly as much as the dense one."""
-    return max(1, math.floor(_exact(keep) * m * n / (m + n)))
+    return max(1, math.floor(keep * m * n / (m + n) + 1e-9))  # 1e-9: as in `share_of`
 
 
 def iso_compute_rank(r_base: int, rank_schedule: RankSchedule, limit: int) -> int:
@@ -194,9 +237,9 @@ def iso_compute_rank(r_base: int, rank_schedule: RankSchedule, limit: int) -> in
     def average(r_max: int) -> float:
         return rank_schedule.table(r_max)[visited].double().mean().item()
 
-    # the average never falls as r_max grows, and is at least rho_min of it: bisection finds the place
-    candidates = range(min(r_base, limit), min(limit, math.ceil(r_base / _exact(rank_schedule.rho_min))) + 1)
-    return min(candidates, key=lambda r_max: abs(average(r_max) - r_base))
+    # the average is at least the least share of r_max
+    largest = min(limit, math.ceil(r_base / rank_schedule.least_share))
+    return min(range(min(r_base, limit), largest + 1), key=lambda r_max: abs(average(r_max) - r_base))
 
 
 # ----------------------------------------------------------------------------------------------------

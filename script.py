@@ -86,14 +86,15 @@ def positive_int(text: str) -> int:
 
 
 def setting(default, help: str = "", low=-math.inf, high=math.inf, above=-math.inf,
-            choices: Iterable | None = None, metavar: str | None = None) -> Any:
-    """A dataclass field of type int, float, bool or str, or of one of these or None.
+            choices: Iterable | None = None, metavar: str | None = None,
+            parse: Callable[[str], Any] | None = None) -> Any:
+    """A dataclass field of type int, float, bool or str, or of one of these or something else, such as None.
 
-    low, high: the smallest and the largest value; above: larger than this. A field without `help` gets no
-    flag."""
+    low, high: the smallest and the largest value; above: larger than this. parse: from what was typed to the
+    value, raises InputError. A field without `help` gets no flag."""
     choices = tuple(choices) if choices is not None else None
     return field(default=default, metadata=dict(help=help, low=low, high=high, above=above, choices=choices,
-                                                metavar=metavar))
+                                                metavar=metavar, parse=parse))
 
 
 def flag(name: str) -> str:
@@ -105,11 +106,17 @@ def _kind(f) -> type:
     return f.type.__args__[0] if isinstance(f.type, types.UnionType) else f.type
 
 
-def _number(text: str, kind: type):
-    try:
-        return kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is not a {'whole ' if kind is int else ''}number") from None
+def _parser(kind: type, parse: Callable | None) -> Callable[[str], Any]:
+    """For argparse, whose own message would not say what is wrong."""
+    def parsed(text: str):
+        try:
+            return (parse or kind)(text)
+        except InputError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        except ValueError:
+            wanted = f"a {'whole ' if kind is int else ''}number"
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}") from None
+    return parsed
 
 
 def add_flags(parser, dataclass, only: tuple[str, ...] | None = None) -> None:
@@ -125,16 +132,17 @@ def add_flags(parser, dataclass, only: tuple[str, ...] | None = None) -> None:
             parser.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, default=None, help=text)
             continue
         metavar = m["metavar"] or (None if m["choices"] else {int: "N", float: "F"}[kind])
-        parse = str if kind is str else lambda text, kind=kind: _number(text, kind)
-        parser.add_argument(flag(f.name), type=parse, choices=m["choices"], help=text, metavar=metavar)
+        choices = None if m["parse"] else m["choices"]
+        parser.add_argument(flag(f.name), type=_parser(kind, m["parse"]), choices=choices, help=text,
+                            metavar=metavar)
 
 
 def check_fields(values) -> None:
     """Checks every field of a dataclass instance that `setting` made. Raises InputError naming the flag."""
     for f in fields(values):
         value, m, kind = getattr(values, f.name), f.metadata, _kind(f)
-        if value is None and isinstance(f.type, types.UnionType):
-            continue
+        if isinstance(f.type, types.UnionType) and type(value) in f.type.__args__[1:]:
+            continue  # None, say
         if m["choices"]:
             fits = isinstance(value, str) and value in m["choices"]
             wanted = f"one of {', '.join(m['choices'])}"

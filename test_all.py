@@ -1072,12 +1072,12 @@ def test_sampling_is_torchs_count(method, changes):
     net, (x, t, _), y = awake(config), inputs(config, 1), torch.tensor([0])
     with torch.no_grad(), multiply_adds(counted := []):
         [*sample.ddim(net, x, 7, y, 1.0)]
-    passes = [flops.at_timestep(config, t)[0] for t in schedule.sampling_timesteps(7)[:-1]]
+    passes = [flops.one_image(config, t)[0] for t in schedule.sampling_timesteps(7)[:-1]]
     assert counted == [sum(passes)] == [flops.sampling(config, 7)] and len(passes) == 7
     assert flops.sampling(config, 7, guidance=True) == 2 * sum(passes)
     with torch.no_grad(), multiply_adds(counted := []):
         net(x, t, y, {r: Channels(r) for r in net.ranks})
-    assert counted == [flops.at_timestep(config, 1)[0]] == [sum(p.size for p in flops.products(config))]
+    assert counted == [flops.one_image(config, 1)[0]] == [sum(p.size for p in flops.products(config))]
 
 
 @pytest.mark.parametrize("method", model.METHODS)
@@ -1104,7 +1104,7 @@ def test_model_sizes_are_torchs_count(name, method):
     with torch.device("meta"), torch.no_grad(), multiply_adds(counted := []):
         net, t = DiT(config, initialise=False), torch.zeros(1, dtype=torch.int64)
         net(torch.zeros(1, 3, 32, 32), t, t, {r: Channels(r) for r in net.ranks})
-    assert counted == [flops.at_timestep(config, 1)[0]]
+    assert counted == [flops.one_image(config, 1)[0]]
 
 
 def test_a_training_run_adds_up_its_stages():

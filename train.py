@@ -33,7 +33,8 @@ from data import DATASETS, Dataset, Source, batch_indices, decode, open_source, 
 from lowrank import orthogonality_penalty
 from model import PRESETS, SIZES, Config, DiT, preset_config, summary
 from sample import draw_images, grid_columns, newest_run, save_grid
-from schedule import WEIGHTINGS, T, NoiseSchedule, add_noise, eps_loss_factor, loss_weight, target
+from schedule import (WEIGHTINGS, T, NoiseSchedule, add_noise, elastic_shares, eps_loss_factor, loss_weight,
+                      target)
 from script import (DEVICES, DTYPES, InputError, Parser, Processes, Stop, add_flags, check_fields,
                     claim_folder, duration, end_progress, flag, numbered_folder, one_line, pick_device,
                     pick_dtype, read_checkpoint, run_script, setting, show_progress, to_device,
@@ -68,6 +69,8 @@ class Settings:
     restart: bool = setting(True, "fresh optimiser state and learning rate with each group (C.3.4)")
     timesteps: str = setting("uniform", "how t is drawn; stratified: each batch over all noise levels",
                              choices=("uniform", "stratified", "speed", "speed-stratified"))
+    distil: float = setting(0.0, "elastic: weight of the squared difference to the full-rank prediction",
+                            low=0)
     weighting: str = setting("none", "of the loss along t, with mean 1", choices=WEIGHTINGS)
     seed: int = setting(0, "of weights, data order, noise, timesteps and drawn shapes", low=0, high=2**31)
     slices: int | None = setting(None, "parts of a batch that compute only the channels they need; same "
@@ -120,17 +123,18 @@ LOSS_GROUPS = cluster_timesteps(NOISE.log_snr, 5)  # first timesteps of the grou
 
 
 class Batch(NamedTuple):
-    """One process's part of a batch, in ascending order of t."""
+    """One process's part of a batch, by falling rank: those that need most channels first."""
     x_0: torch.Tensor  # (B, 3, H, W) in [-1, 1]
     y: torch.Tensor  # (B,) labels, or the number of classes for "no class"
     eps: torch.Tensor  # (B, 3, H, W)
     t: torch.Tensor  # (B,) on the CPU: channels are chosen there, and no device has to be asked
+    share: torch.Tensor | None = None  # (B,) of the channels, on the CPU; None: the rank schedule's
 
 
 def draw_batch(dataset: Dataset, state: "State", s: Settings, mine: slice = slice(None)):
-    """The next Batch, of which this process takes `mine`, and the t of all of it. Images come in random
-    order, so that of t is free: ascending, images that need similarly many channels lie side by side."""
-    none, device, rng = state.model.config.num_classes, dataset.images.device, state.device_rng
+    """The next Batch, of which this process takes `mine`, and t and share of all of it. Images come in random
+    order, so that of t is free: images that need similarly many channels lie side by side."""
+    config, device, rng = state.model.config, dataset.images.device, state.device_rng
     index = batch_indices(len(dataset.images), state.step, s.batch_size, s.seed, device)
     x_0, y = dataset.images[index], dataset.labels[index]
     if s.flip:
@@ -138,24 +142,38 @@ def draw_batch(dataset: Dataset, state: "State", s: Settings, mine: slice = slic
         x_0 = torch.where(flipped, x_0.flip(3), x_0)
     if dataset.classes:
         dropped = torch.rand(len(y), device=device, generator=rng) < s.label_dropout
-        y = torch.where(dropped, none, y)
+        y = torch.where(dropped, config.num_classes, y)
     else:
-        y = torch.full_like(y, none)
+        y = torch.full_like(y, config.num_classes)
     eps = torch.randn(x_0.shape, device=device, generator=rng)
-    t = state.curriculum.sample(s.batch_size, state.host_rng, s.timesteps.endswith("stratified"))
-    return Batch(to_unit(x_0[mine]), y[mine], eps[mine], t[mine]), t
+    t, share = state.curriculum.sample(s.batch_size, state.host_rng, s.timesteps.endswith("stratified")), None
+    if config.method == "elastic":
+        t = t[torch.randperm(len(t), generator=state.host_rng)]  # it comes ascending, and share falling
+        share = elastic_shares(len(t), config.rho_min, state.host_rng)
+    elif state.model.rank_schedule:
+        phi = state.model.rank_schedule.active(t, max(state.model.ranks))
+        t = t[phi.argsort(descending=True, stable=True)]  # the order it has already if Phi falls with t
+    my_share = None if share is None else share[mine]
+    return Batch(to_unit(x_0[mine]), y[mine], eps[mine], t[mine], my_share), t, share
 
 
-def denoising_loss(net, model: DiT, batch: Batch, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def denoising_loss(net, model: DiT, batch: Batch, dtype: torch.dtype = torch.float32, distil: bool = False):
     """The squared error of what the model predicts, mean over pixels: float32 (B,), unweighted.
-    net: the model, or what runs it (compiled, in parallel)."""
-    device, predict = batch.x_0.device, model.config.predict
+    net: the model, or what runs it (compiled, in parallel).
+    distil: returns a second (B,), the error against what the model predicts with all its channels."""
+    device = batch.x_0.device
     signal, noise = (to_device(a, device) for a in NOISE.coefficients(batch.t))
-    x_t = add_noise(batch.x_0, batch.eps, signal, noise)
-    active = model.active(batch.t)  # how many channels each sample may use: decided here, once
+    x_t, t = add_noise(batch.x_0, batch.eps, signal, noise), to_device(batch.t, device)
+    active = model.active(batch.t, batch.share)  # how many channels each sample may use: decided here, once
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        output = net(x_t, to_device(batch.t, device), batch.y, active)
-    return (output.float() - target(predict, batch.x_0, batch.eps, signal, noise)).square().mean((1, 2, 3))
+        output = net(x_t, t, batch.y, active).float()
+        if distil:
+            n = int((batch.share == 1).sum())  # the first ones have used all their channels already
+            with torch.no_grad():
+                full = torch.cat([output[:n], model(x_t[n:], t[n:], batch.y[n:]).float()])
+    error = lambda wanted: (output - wanted).square().mean((1, 2, 3))
+    loss = error(target(model.config.predict, batch.x_0, batch.eps, signal, noise))
+    return (loss, error(full)) if distil else loss
 
 
 def train_step(net, state: "State", batch: Batch, s: Settings, slices: int = 1,
@@ -168,17 +186,21 @@ def train_step(net, state: "State", batch: Batch, s: Settings, slices: int = 1,
     """
     model, probabilities = state.model, state.curriculum.probabilities()
     weight = loss_weight(s.weighting, NOISE, model.config.predict, probabilities).float()  # (T + 1,)
-    columns = [x.tensor_split(min(slices, len(batch.t))) for x in batch]
-    parts = [Batch(*part) for part in zip(*columns)]
+    n = min(slices, len(batch.t))
+    parts = [Batch(*part) for part in zip(*([None] * n if x is None else x.tensor_split(n) for x in batch))]
     losses = []
     for part in parts:
         is_last = part is parts[-1]
         wait = not is_last and hasattr(net, "no_sync")  # processes average once, with the last slice
         with net.no_sync() if wait else contextlib.nullcontext():
-            sample_loss = denoising_loss(net, model, part, dtype)  # (B of the slice,)
-            loss = (to_device(weight[part.t], sample_loss.device) * sample_loss).sum() / len(batch.t)
+            if s.distil > 0 and part.share is not None:
+                sample_loss, gap = denoising_loss(net, model, part, dtype, distil=True)
+                error = sample_loss + s.distil * gap
+            else:
+                sample_loss = error = denoising_loss(net, model, part, dtype)  # (B of the slice,)
+            loss = (to_device(weight[part.t], error.device) * error).sum() / len(batch.t)
             if is_last and s.orthogonality > 0 and model.ranks:
-                active = model.active(state.curriculum.t_low)
+                active = model.active_from(state.curriculum.t_low)
                 loss = loss + s.orthogonality * orthogonality_penalty(model, active)
             loss.backward()
         losses.append(sample_loss.detach())
@@ -218,12 +240,13 @@ def main(argv: list[str] | None = None) -> None:
         lr = learning_rate(state.step, start, stage, s)
         for group in state.optimizer.param_groups:
             group["lr"] = lr
-        batch, t = draw_batch(dataset, state, s, mine)
+        batch, t, share = draw_batch(dataset, state, s, mine)
         state.losses.append(train_step(net, state, batch, s, slices, dtype))
         state.timesteps.append(t)
         update_ema(state, s)
         state.spent += flops.train_step(state.model.config, t.tolist(), slices, state.curriculum.t_low,
-                                        s.orthogonality > 0, processes.count)
+                                        s.orthogonality > 0, processes.count, share,
+                                        share is not None and s.distil > 0)
         state.step += 1
 
         if len(state.losses) == s.log_every or state.step == s.steps:
@@ -474,7 +497,7 @@ class Log:
         losses = losses * self.eps_factor[t]  # reported losses are those of eps
         group = np.searchsorted(LOSS_GROUPS, t.flatten().numpy(), side="right") - 1
         sums, counts = (np.bincount(group, w, len(LOSS_GROUPS)) for w in (losses.flatten().numpy(), None))
-        k = max(flops.channels(state.model.config, curriculum.t_low).values(), default=None)
+        k = max(flops.channels_from(state.model.config, curriculum.t_low).values(), default=None)
         now, done = time.time(), state.step - self.begin_step
         rate, left = min(done, len(losses)) * s.batch_size / (now - self.clock), s.steps - state.step
         line = dict(step=state.step, loss=losses.mean().item(),
@@ -512,8 +535,11 @@ def print_summary(run: Run, given: dict, dtype: torch.dtype) -> None:
           f"{run.masked_cost * s.steps:.3g}, less what slices and curriculum save", flush=True)
     for applies, names, why in (
             (config.method == "full", "keep factorise dense_mlp_blocks orthogonality", "--method full"),
-            (config.rank_schedule() is None, "rank_profile rho_min warm_start rank_multiple slices",
-             f"--method {config.method} uses the same channels at every t"),
+            (config.method != "elastic", "distil", "only --method elastic has samples of fewer channels"),
+            (config.rank_schedule() is None, "rank_profile warm_start rank_multiple",
+             f"--method {config.method} has no rank schedule"),
+            (config.method in ("full", "static"), "rho_min slices", "every sample uses all channels"),
+            (isinstance(config.rank_profile, tuple), "rho_min warm_start", "the rank profile says it all"),
             (s.curriculum_groups <= 1, "curriculum_share curriculum_alpha curriculum_sampling restart",
              "there is no curriculum"),
             (not dataset.classes, "label_dropout guidance", "the images have no classes")):
@@ -529,8 +555,9 @@ def print_end(run: Run, begin: float) -> None:
         print(f"stopped after step {state.step}; go on with: python train.py --resume --out {folder}",
               file=sys.stderr)
         sys.exit(130)
-    print(f"done, {duration(time.time() - begin)} in this call: {state.spent:.3g} multiply-adds, "
-          f"{1 - state.spent / (run.masked_cost * s.steps):.1%} less than without curriculum and slices")
+    saved = 1 - state.spent / (run.masked_cost * s.steps)
+    print(f"done, {duration(time.time() - begin)} in this call: {state.spent:.3g} multiply-adds" +
+          (f", {saved:.1%} less than without curriculum and slices" if saved > 0 else ""))
     if s.sample_every:
         print(f"picture     {save_samples(run, 'final.png')}")
     print(f"more        python sample.py --run {folder}\nlosses      python experiments/curves.py {folder}")

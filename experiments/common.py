@@ -210,7 +210,7 @@ def go_on(run: train.Run, take_step: Callable[[train.Batch], torch.Tensor], cost
         lr = train.learning_rate(state.step, 0, 0, s)
         for group in state.optimizer.param_groups:
             group["lr"] = lr
-        batch, t = train.draw_batch(run.dataset, state, s)
+        batch, t, _ = train.draw_batch(run.dataset, state, s)
         state.losses.append(take_step(batch))
         state.timesteps.append(t)
         train.update_ema(state, s)

@@ -57,7 +57,7 @@ def truncate(teacher: DiT, keep: float) -> DiT:
 
 def tuning_cost(student: Config, teacher: Config, batch_size: int) -> int:
     """Multiply-adds of one distillation step: the student forward and backward, the teacher forward."""
-    forward, _ = flops.at_timestep(teacher, T)  # every t costs the same
+    forward, _ = flops.one_image(teacher, T)  # every t costs the same
     return flops.train_step(student, [T] * batch_size, penalty=False) + batch_size * forward
 
 

@@ -686,7 +686,7 @@ def test_distillation_written_out(predict, few, tmp_path):
     draws = train.State(s, student.config, CPU)
     for step in range(4):
         draws.step = step
-        batch, t = train.draw_batch(dataset, draws, s)
+        batch, t, _ = train.draw_batch(dataset, draws, s)
         ab = NOISE.alpha_bar[t].float().view(-1, 1, 1, 1)
         x_t = ab.sqrt() * batch.x_0 + (1 - ab).sqrt() * batch.eps
         error = (torch.func.functional_call(student, weights, (x_t, t, batch.y)) - teacher(x_t, t, batch.y)) ** 2
