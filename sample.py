@@ -117,14 +117,17 @@ def denoiser(model: DiT | Predictor, y: torch.Tensor | None, guidance: float, cl
 
 @torch.no_grad()
 def ddim(model: DiT | Predictor, x: torch.Tensor, steps: int = 100, y: torch.Tensor | None = None,
-         guidance: float = 2.0, clip: bool = True, shares: Shares = Shares()) -> Iterator[torch.Tensor]:
+         guidance: float = 2.0, clip: bool = True, shares: Shares = Shares(),
+         timesteps: list[int] | None = None) -> Iterator[torch.Tensor]:
     """Deterministic DDIM (Song et al. 2021, Eq. 12 with eta = 0).
 
     model: a DiT, used with labels y, guidance and shares, or any callable eps(x, t) with an int t
-    x: noise (B, C, H, W). Yields x at each of the `steps` timesteps after T, down to 0.
+    x: noise (B, C, H, W), or x_t at the first of the timesteps
+    timesteps: to visit, decreasing, the last one being that of the result; default `sampling_timesteps(steps)`
+    Yields x at each timestep but the first.
     """
     denoise, alpha_bar = denoiser(model, y, guidance, clip, shares), NoiseSchedule().alpha_bar.tolist()
-    visited = sampling_timesteps(steps)
+    visited = timesteps or sampling_timesteps(steps)
     for t, t_next in zip(visited, visited[1:]):
         x_0, eps = denoise(x, t)
         x = alpha_bar[t_next] ** 0.5 * x_0 + (1 - alpha_bar[t_next]) ** 0.5 * eps
@@ -134,7 +137,8 @@ def ddim(model: DiT | Predictor, x: torch.Tensor, steps: int = 100, y: torch.Ten
 @torch.no_grad()
 def ddpm(model: DiT | Predictor, x: torch.Tensor, steps: int = 100, y: torch.Tensor | None = None,
          guidance: float = 2.0, clip: bool = True, shares: Shares = Shares(),
-         noise: Callable[[], torch.Tensor] | None = None) -> Iterator[torch.Tensor]:
+         timesteps: list[int] | None = None, noise: Callable[[], torch.Tensor] | None = None
+         ) -> Iterator[torch.Tensor]:
     """Ancestral sampling on the chain of the visited timesteps (Ho et al. 2020, Eq. 6 and 7), with the
     posterior variance beta-tilde of that chain. The last step adds no noise.
 
@@ -142,7 +146,7 @@ def ddpm(model: DiT | Predictor, x: torch.Tensor, steps: int = 100, y: torch.Ten
     Other arguments and what it yields: as `ddim`.
     """
     denoise, alpha_bar = denoiser(model, y, guidance, clip, shares), NoiseSchedule().alpha_bar.tolist()
-    visited = sampling_timesteps(steps)
+    visited = timesteps or sampling_timesteps(steps)
     noise = noise or (lambda: torch.randn_like(x))
     for t, t_next in zip(visited, visited[1:]):
         ab, ab_next = alpha_bar[t], alpha_bar[t_next]
@@ -188,7 +192,7 @@ def draw_images(model: DiT, indices: range, classes: list[int], seed: int = 0, s
     if sampler == "ddim":
         images = ddim(model, noise(), steps, y, guidance, clip, shares)
     else:
-        images = ddpm(model, noise(), steps, y, guidance, clip, shares, noise)
+        images = ddpm(model, noise(), steps, y, guidance, clip, shares, noise=noise)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for done, x in enumerate(images, 1):
             on_step(done)

@@ -22,7 +22,7 @@ import plot
 import train
 from data import DATASETS, Dataset, load, open_source, to_unit
 from model import PRESETS, Config, DiT, preset_config
-from sample import ImageNoise, draw_images, load_model
+from sample import ImageNoise, Shares, draw_images, load_model
 from schedule import T, eps_loss_factor
 from script import (DEVICES, InputError, Parser, end_progress, flag, positive_int, sha256_of,
                     write_then_rename)
@@ -67,6 +67,26 @@ def load_held_out(args: Namespace, num: int) -> Dataset:
     if (source.classes, source.read(0, 1).shape[1:]) != (test.classes, test.images.shape[1:]):
         raise InputError(f"--test {args.test} has other classes or another image size than {args.dataset}")
     return test
+
+
+def every_second(dataset: Dataset, first: int) -> Dataset:
+    """Every second ten of the images, from the first ten on or the second: what is fitted and what is judged must not
+    meet the same ones. Tens, because the ten classes of shapes come in turns."""
+    index = torch.arange(len(dataset.images))
+    index = index[index // 10 % 2 == first]
+    return Dataset(dataset.name, dataset.images[index], dataset.labels[index], dataset.classes)
+
+
+def choose_shares(text: str, least: float) -> list[float]:
+    """Numbers from `least` to 1, separated by commas. Raises InputError."""
+    try:
+        shares = [float(word) for word in text.split(",")]
+    except ValueError:
+        raise InputError(f"{text!r} must be numbers separated by commas, such as 0.5,0.25") from None
+    for share in shares:
+        if not least <= share <= 1:
+            raise InputError(f"share {share:g} was not trained; this run takes {least:g} to 1")
+    return shares
 
 
 def add_run_flags(parser: Parser, out: str) -> None:
@@ -266,13 +286,17 @@ def spent(folder: Path) -> int:
     return flops
 
 
-def write_samples(model: DiT, classes: int, path: Path, num: int, steps: int, guidance: float) -> None:
-    """`num` images, the classes in turn, as sample.py writes them into a .npz."""
+def draw_samples(model: DiT, classes: int, num: int, steps: int, guidance: float, shares: Shares = Shares()):
+    """Images 0 to num - 1 of seed 0, the classes in turn: uint8 (num, C, H, W), and their labels (num,)."""
     drawn, batch = [], 100 if model.position.device.type == "cpu" else 500
     for first in range(0, num, batch):
         indices = range(first, min(first + batch, num))
-        drawn.append(draw_images(model, indices, list(range(classes)), steps=steps, guidance=guidance))
-    images, labels = map(torch.cat, zip(*drawn))
+        drawn.append(draw_images(model, indices, list(range(classes)), 0, "ddim", steps, guidance, shares=shares))
+    return tuple(map(torch.cat, zip(*drawn)))
+
+
+def write_samples(path: Path, images: torch.Tensor, labels: torch.Tensor) -> None:
+    """As sample.py writes them into a .npz."""
     arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy(), "labels": labels.numpy()}
     write_then_rename(path, lambda file: np.savez(file, **arrays))
 

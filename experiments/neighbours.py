@@ -187,7 +187,8 @@ def main():
         result = common.losses_and_cost(model, folder, held_out, args.per_group) | dict(recognised=None)
         if network:
             path, classes = folder / "samples.npz", len(held_out.classes)
-            common.write_samples(model, classes, path, args.num, args.sampling_steps, args.guidance)
+            samples = common.draw_samples(model, classes, args.num, args.sampling_steps, args.guidance)
+            common.write_samples(path, *samples)
             judged = classifier.judge(network, known, open_source(str(path)), device)
             result["recognised"] = judged["recognised"]
         return result
