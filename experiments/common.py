@@ -77,18 +77,6 @@ def every_second(dataset: Dataset, first: int) -> Dataset:
     return Dataset(dataset.name, dataset.images[index], dataset.labels[index], dataset.classes)
 
 
-def choose_shares(text: str, least: float) -> list[float]:
-    """Numbers from `least` to 1, separated by commas. Raises InputError."""
-    try:
-        shares = [float(word) for word in text.split(",")]
-    except ValueError:
-        raise InputError(f"{text!r} must be numbers separated by commas, such as 0.5,0.25") from None
-    for share in shares:
-        if not least <= share <= 1:
-            raise InputError(f"share {share:g} was not trained; this run takes {least:g} to 1")
-    return shares
-
-
 def add_run_flags(parser: Parser, out: str) -> None:
     add_image_flags(parser)
     add = parser.add_argument
@@ -137,6 +125,19 @@ def choose(name: str, text: str, allowed: Iterable[str]) -> list[str]:
     return words
 
 
+def choose_numbers(name: str, text: str, low: float = -1e6, high: float = 1e6) -> list[float]:
+    """Numbers of a flag, separated by commas. Raises InputError for what is none, or outside low..high."""
+    numbers = []
+    for word in text.split(","):
+        try:
+            numbers.append(float(word))
+        except ValueError:
+            raise InputError(f"{name} {text!r} must be numbers separated by commas, such as 0.5,0.25") from None
+        if not low <= numbers[-1] <= high:
+            raise InputError(f"{name} {word} must lie between {low:g} and {high:g}")
+    return list(dict.fromkeys(numbers))
+
+
 def as_flags(settings: dict) -> list[str]:
     """{"log_every": 1, "restart": False, "lr": None} -> --log-every 1 --no-restart"""
     words = []
@@ -177,25 +178,26 @@ def noised_batch(model: DiT, dataset: Dataset, images: torch.Tensor, t: torch.Te
 
 @torch.no_grad()
 def denoising_losses(model: DiT, dataset: Dataset, images: torch.Tensor, t: torch.Tensor, seed: int = 0,
-                     batch_size: int = 250) -> torch.Tensor:
+                     batch_size: int = 250, share: float | None = None) -> torch.Tensor:
     """The loss of eps, whatever the model predicts, of image number images[i] of `dataset` at timestep t[i], both
-    int64 (N,): float64 (N,) on the CPU."""
+    int64 (N,): float64 (N,) on the CPU. share: of the channels, for an elastic model."""
     losses = []
     for first in range(0, len(t), batch_size):
         samples = range(first, min(first + batch_size, len(t)))
-        batch = noised_batch(model, dataset, images[samples], t[samples], samples, seed)
+        batch = noised_batch(model, dataset, images[samples], t[samples], samples, seed)._replace(share=share)
         losses.append(train.denoising_loss(model, model, batch).double().cpu())
     return torch.cat(losses) * eps_loss_factor(model.config.predict, train.NOISE)[t]
 
 
-def held_out_loss(model: DiT, dataset: Dataset, per_group: int = 1000, seed: int = 0) -> tuple[float, list[float]]:
+def held_out_loss(model: DiT, dataset: Dataset, per_group: int = 1000, seed: int = 0,
+                  share: float | None = None) -> tuple[float, list[float]]:
     """The loss of eps on images the model has not seen: its mean over all t, and in each of the five groups. Every
     model meets the same images, noise and timesteps, which are spread evenly over each group, so that differences
     between models are not those of the draw."""
     places = (torch.arange(per_group, dtype=torch.float64) + 0.5) / per_group
     t = torch.cat([first + (places * (end - first)).long() for first, end in zip(GROUP_EDGES, GROUP_EDGES[1:])])
     order = torch.randperm(len(dataset.images), generator=torch.Generator().manual_seed(seed))  # mixes the classes
-    losses = denoising_losses(model, dataset, order[torch.arange(len(t)) % len(order)], t, seed)
+    losses = denoising_losses(model, dataset, order[torch.arange(len(t)) % len(order)], t, seed, share=share)
     by_group = losses.view(5, per_group).mean(1)
     share = torch.tensor(GROUP_EDGES, dtype=torch.float64).diff() / T
     return (share * by_group).sum().item(), by_group.tolist()
@@ -249,11 +251,11 @@ def go_on(run: train.Run, take_step: Callable[[train.Batch], torch.Tensor], cost
     end_progress()
 
 
-def measured(folder: Path, flags: list[str], depends: dict) -> dict | None:
-    """What measured.json says of a run; None if it is not there, damaged, or of other flags or weights, or of
+def measured(folder: Path, flags: list[str], depends: dict, name: str = "measured") -> dict | None:
+    """What NAME.json says of a run; None if it is not there, damaged, or of other flags or weights, or of
     another of the things that the measurement depends on."""
     try:
-        saved = json.loads((folder / "measured.json").read_text())
+        saved = json.loads((folder / f"{name}.json").read_text())
         weights = sha256_of(folder / "model.pt")
         return saved["result"] if saved["of"] == dict(flags=flags, weights=weights, **depends) else None
     except (OSError, ValueError, KeyError, TypeError):
@@ -261,15 +263,15 @@ def measured(folder: Path, flags: list[str], depends: dict) -> dict | None:
 
 
 def train_and_measure(folder: Path, flags: list[str], depends: dict, device: torch.device,
-                      measure: Callable[[DiT, Path], dict]) -> dict:
+                      measure: Callable[[DiT, Path], dict], name: str = "measured") -> dict:
     """What `measure(model, folder)` says of the run with these flags of train.py, which is trained, gone on with
     or found finished. Measured once for the same flags, weights and what else the measurement `depends` on."""
-    result = measured(folder, flags, depends)
+    result = measured(folder, flags, depends, name)
     if result is None:
         train.main(["--resume", "--out", str(folder), *flags])
         result = measure(load_model(folder, device)[0], folder)
         of = dict(flags=flags, weights=sha256_of(folder / "model.pt"), **depends)
-        plot.write_json(folder / "measured.json", dict(of=of, result=result))
+        plot.write_json(folder / f"{name}.json", dict(of=of, result=result))
     return result
 
 

@@ -1,33 +1,35 @@
-"""Full rank, static and noise-adaptive low rank side by side: the paper's main table at a budget one can afford.
+"""At one sampling cost, which rank schedule gives the better images? And does an elastic model match its siblings?
 
-    python experiments/compare.py                               CIFAR-10 at 16x16, model tiny, 20 runs
-    python experiments/compare.py --only full-s0,full-s1        these runs alone, say in one of two processes
-    python experiments/compare.py --report                      the table of what is finished
-    python experiments/compare.py --model DiT-S/2 --image-size 32 --steps 800000 --batch-size 128 \\
-        --num 10000 --guidance 2 --sampling-steps 100 --compile
+    python experiments/compare.py                                 CIFAR-10 at 16x16, model tiny, keep 0.25
+    python experiments/compare.py --dataset shapes --keeps 0.25,0.12 --fit runs/elastic/ranks
+    python experiments/compare.py --only static-0.25-s0           this run alone, say in one of two processes
+    python experiments/compare.py --report                        the table of what is finished
+    python experiments/compare.py --rows full,static,iso-compute,iso-param --keeps 0.75,0.5,0.25 --model DiT-S/2 \\
+        --image-size 32 --steps 800000 --batch-size 128 --num 50000 --sampling-steps 100 --curriculum-groups 10
 
-NA-LR section 3, Tables 1 and 3. All runs have the same data, steps, batch and model; they differ in how the linear
-layers are parameterised: full rank; static rank; iso-compute, which costs in sampling what static does; iso-param,
-which has its parameters. The iso runs come with their curriculum, as in the paper (--curriculum-groups 0 takes it
-away). A small budget hides small differences, so the rows that the paper's claims hang on (full, static 0.25,
-everything at 0.5) are trained from several seeds, and a difference counts when the 95 % interval of its mean
-leaves zero out.
+NA-LR section 3, Tables 1 and 3. All runs have the same data, steps, batch and model; they differ in their rows:
 
-Measured is the loss of eps on held-out images (every model meets the same images, timesteps and noise), the
-Frechet distance between samples and held-out images in the features of experiments/classifier.py (not an FID), and
-the share of samples that its network recognises as their class. With 2,000 samples a noise group, the difference
-of two held-out losses has an error of its own of 0.1 % of the loss (standard error; full against static 0.25,
-CIFAR-10 at 16x16, 250 steps), where three seeds spread by 2 %.
+    static            one rank for all t, of the share that --keeps names
+    iso-compute       the paper's schedule, of the same sampling cost
+    fitted            another profile of the same cost, from fit_ranks.py: FIT/OBJECTIVE-KEEP.json
+    iso-compute-eps   the paper's schedule and its target: predicts eps, where the other rows predict v
+    elastic           one run for all keeps, sampled with that constant share of its channels
+    full, iso-param   all channels; the paper's schedule with static's parameters
+
+No row has the curriculum, unless --curriculum-groups N is added. A difference counts when the 95 % interval of its
+mean over seeds leaves zero out. Measured is the loss of eps on held-out images (every model meets the same images,
+timesteps and noise), and at each guidance the Frechet distance between samples and held-out images in the features of
+experiments/classifier.py (not an FID), and the share of samples that its network recognises as their class.
 
 A stopped comparison goes on where it was by the same command. Processes that share the work (--only, one --out)
 should each have a core (OMP_NUM_THREADS=1): two such do 1.35 times the work of one with two threads. Let the first
-one write the classifier before the second starts. Flags that are not listed here go to train.py, such as
---predict eps.
+one write the classifier before the second starts. Flags that are not listed here go to train.py.
 """
 
 import math
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,34 +39,62 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 import classifier
 import common
 import curves
-import fid
 import flops
 import plot
 from common import GROUP_NAMES
 from data import Dataset, open_source
-from model import METHODS, DiT, parameter_count
-from sample import save_grid
+from model import DiT, parameter_count
+from sample import Shares, save_grid
 from script import InputError, Parser, pick_device, positive_int, run_script, sha256_of
 
-KEEPS = (0.75, 0.5, 0.25)
-ROWS = [("full", None)] + [(method, keep) for keep in KEEPS for method in METHODS[1:]]  # of the table
-SEVERAL = [("full", None), ("static", 0.25)] + [(method, 0.5) for method in METHODS[1:]]  # rows of several seeds
+ROWS = {  # name: flags of train.py
+    "full": dict(method="full"),
+    "static": dict(method="static"),
+    "iso-compute": dict(method="iso-compute"),
+    "fitted": dict(method="iso-compute"),  # and a profile
+    "iso-compute-eps": dict(method="iso-compute", predict="eps"),
+    "elastic": dict(method="elastic"),
+    "iso-param": dict(method="iso-param"),
+}
+PAIRS = (("iso-compute", "static"), ("fitted", "static"), ("elastic", "static"), ("iso-compute-eps", "iso-compute"),
+         ("iso-param", "static"), ("full", "static"))
 
 # ----------------------------------------------------------------------------------------------------
 # The runs and their measurements
 
 
-def row_name(method: str, keep: float | None) -> str:
-    return method if keep is None else f"{method}-{keep:g}"
+class Judged(NamedTuple):
+    """A row of the table from one seed."""
+    row: str
+    keep: float | None
+    seed: int
+    run: str  # the name of its folder: the keeps of an elastic row share one
+    flags: dict  # of train.py
+
+    @property
+    def name(self) -> str:
+        """In the table."""
+        return self.row if self.keep is None else f"{self.row}-{self.keep:g}"
+
+    @property
+    def shares(self) -> Shares:
+        return Shares(((1, self.keep),)) if self.row == "elastic" else Shares()
 
 
-def list_runs(seeds: int, all_seeds: bool) -> dict[str, tuple[str, float | None, int]]:
-    """{name: (method, keep, seed)} in the order of training: the rows of several seeds first, seed by seed, so
-    that a comparison that is stopped early already compares."""
-    first = ROWS if all_seeds else SEVERAL
-    runs = [(*row, seed) for seed in range(seeds) for row in first]
-    runs += [(*row, 0) for row in ROWS if row not in first]
-    return {f"{row_name(method, keep)}-s{seed}": (method, keep, seed) for method, keep, seed in runs}
+def list_judged(rows: list[str], keeps: list[float], seeds: int, fit: Path | None, objective: str) -> list[Judged]:
+    """Everything to judge, seed by seed, so that a comparison that is stopped early already compares."""
+    found = []
+    for seed in range(seeds):
+        for row in rows:
+            for keep in [None] if row == "full" else keeps:
+                flags = dict(ROWS[row])
+                if row not in ("full", "elastic"):
+                    flags["keep"] = keep
+                if row == "fitted":
+                    flags["rank_profile"] = fit / f"{objective}-{keep:g}.json"
+                run = row if keep is None or row == "elastic" else f"{row}-{keep:g}"
+                found.append(Judged(row, keep, seed, f"{run}-s{seed}", flags))
+    return found
 
 
 def seconds_of(lines: list[dict], batch_size: int) -> float:
@@ -77,23 +107,19 @@ def seconds_of(lines: list[dict], batch_size: int) -> float:
     return seconds
 
 
-def measure_run(model: DiT, folder: Path, test: Dataset, judge: Path | None, args, device: torch.device) -> dict:
+def measure_run(model: DiT, folder: Path, one: Judged, test: Dataset, judge: classifier.Judge | None, args) -> dict:
     """Everything that the table says of one finished run."""
-    result = common.losses_and_cost(model, folder, test, args.per_group)
-    result |= dict(predict=model.config.predict, parameters=parameter_count(model.config), frechet=None,
-                   recognised=None, sampling=flops.sampling(model.config, args.sampling_steps),
-                   seconds=seconds_of(curves.read_log(folder), args.batch_size))
-    if judge:
-        path = folder / "samples.npz"
-        common.write_samples(model, len(test.classes), path, args.num, args.sampling_steps, args.guidance)
-        samples, extractor = open_source(str(path)), fid.file_extractor(classifier.features_file(judge))
-        reference = open_source(args.test, args.data_dir, "test", args.image_size, len(test.images))
-        cache = Path(args.data_dir) / "cache"
-        ours = fid.measure(samples, extractor, device, 256, pr_num=0)
-        theirs = fid.measure_once(reference, extractor, device, 256, None, 0, cache)
-        result["frechet"] = fid.frechet_distance(ours.mu, ours.sigma, theirs.mu, theirs.sigma)
-        network, state = classifier.load_classifier(judge, device)
-        result["recognised"] = classifier.judge(network, state, samples, device)["recognised"]
+    share = one.keep if one.row == "elastic" else None
+    loss, by_group = common.held_out_loss(model, test, args.per_group, share=share)
+    result = dict(loss=loss, loss_by_group=by_group, flops=common.spent(folder), predict=model.config.predict,
+                  parameters=parameter_count(model.config),
+                  seconds=seconds_of(curves.read_log(folder), args.batch_size),
+                  sampling=flops.sampling(model.config, args.sampling_steps, ranks=one.shares.ranks))
+    for w in args.guidances if judge else ():
+        samples = common.draw_samples(model, len(test.classes), args.num, args.sampling_steps, w, one.shares)
+        for name, value in judge(*samples).items():
+            result[f"{name}, w {w:g}"] = value
+        common.write_samples(folder / f"samples-{one.name}-w{w:g}.npz", *samples)
     return result
 
 
@@ -120,133 +146,102 @@ def verdict(difference: float, half: float | None) -> str:
     return "better" if difference < -half else "worse" if difference > half else "not told apart"
 
 
-def compare_rows(rows: dict, this: str, that: str) -> list[dict]:
-    """`this` row against `that` one, by all three measures; [] unless both have been measured."""
+def compare_rows(rows: dict, this: str, that: str, measures: list[str]) -> list[dict]:
+    """`this` row against `that` one, by each measure; [] unless both have been measured."""
     found = []
-    for measure, label, sign in (("loss", "loss", 1), ("frechet", "Frechet distance", 1),
-                                 ("recognised", "share recognised", -1)):  # -1: more is better
-        values = {name: [run[measure] for run in row["runs"] if run[measure] is not None]
-                  for name, row in rows.items()}
-        if values.get(this) and values.get(that):
+    for measure in measures:
+        values = {name: [run[measure] for run in row["runs"]] for name, row in rows.items()}
+        if this in values and that in values:
             difference, half = interval(values[this], values[that], list(values.values()))
             relative = difference / np.mean(values[that]) if any(values[that]) else math.nan
-            judged = verdict(sign * difference, half)
-            found.append(dict(this=this, that=that, measure=label, relative=relative, difference=difference,
-                              half_width=half, verdict=judged))
+            sign = -1 if measure.startswith("recognised") else 1  # more is better
+            found.append({"this": this, "that": that, "measure": measure, "difference": difference, "+-": half,
+                          "relative": relative, "verdict": verdict(sign * difference, half)})
     return found
 
 
-def in_words(found: list[dict]) -> str:
-    texts = []
-    for c in found:
-        spread = "" if c["half_width"] is None else f" +- {c['half_width']:.2g}"
-        texts.append(f"{c['measure']} {c['difference']:+.3g}{spread} ({c['relative']:+.1%}): {c['verdict']}")
-    return "; ".join(texts) or "not measured yet"
-
-
-def print_words(rows: dict) -> list[dict]:
-    """Which of the paper's trends the figures show. Returns the comparisons."""
-    ahead = compare_rows(rows, "full", "static-0.25")
-    print("\nDifferences of means, +- half the 95 % interval (the variance over seeds pooled over rows)\n\n"
-          f"Is the budget enough? full against static 0.25: {in_words(ahead)}.")
-    enough = bool(ahead) and ahead[0]["verdict"] == "better"
-    if enough:
-        print("Full rank is ahead by more than the seeds differ: capacity matters here, as the rest needs.")
-    elif ahead:
-        print("Full rank is not ahead beyond the spread over seeds: at this budget capacity does not decide, so\n"
-              "the comparisons below say little about the methods. More --steps or a larger --model may.")
-    every = list(ahead)
-    for method, that, claim in (("iso-compute", "equal sampling cost", "FID 15 to 26 % lower"),
-                                ("iso-param", "equal parameters", "FID within 5 %, sampling 16 to 25 % cheaper")):
-        print(f"\n{method} against static at {that} (the paper: {claim})")
-        mine = []
-        for keep in KEEPS:
-            this, static = row_name(method, keep), row_name("static", keep)
-            found = compare_rows(rows, this, static)
-            mine += found
-            text = in_words(found)
-            if found:
-                cost, size = (rows[this][key] / rows[static][key] - 1 for key in ("sampling", "parameters"))
-                text += f"; sampling {cost:+.1%}, parameters {size:+.1%}"
-            print(f"  keep {keep:g}: {text}")
-        trend = "better" if method == "iso-compute" else "not worse"
-        wanted = {"better"} if trend == "better" else {"better", "not told apart"}
-        for measure in dict.fromkeys(c["measure"] for c in mine):
-            votes = [c["verdict"] for c in mine if c["measure"] == measure]
-            counts = ", ".join(f"{votes.count(vote)} {vote}" for vote in ("better", "not told apart", "worse"))
-            print(f"  by {measure}: {counts}; the paper's trend ({trend}) " + (
-                "is not shown here" if not wanted.issuperset(votes) else
-                "appears here" if enough else "cannot be judged at this budget"))
-        every += mine
-    return every
+def print_differences(rows: dict, keeps: list[float], measures: list[str]) -> list[dict]:
+    found = []
+    for this, that in PAIRS:
+        for keep in keeps:
+            names = [row if row == "full" else f"{row}-{keep:g}" for row in (this, that)]
+            found += compare_rows(rows, *names, measures)
+    if found:
+        print("\nDifferences of means, +- half the 95 % interval; the variance over seeds is pooled over rows")
+        plot.print_table(found, {"this": "", "that": "", "measure": "", "difference": "+.3g", "+-": ".2g",
+                                 "relative": "+.1%", "verdict": ""})
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------
 # Table and pictures
 
 
-def collect(runs: dict, results: dict) -> dict:
-    """{row name: its cost, its runs and the means of all measures}, in the order of the table."""
+def collect(judged: list[Judged], results: list[dict | None], measures: list[str]) -> dict:
+    """{name in the table: its cost, its runs and the means of all measures}."""
     rows = {}
-    for method, keep in ROWS:
-        mine = [results[name] for name, run in runs.items() if run[:2] == (method, keep) and name in results]
-        if mine:
-            row = {"method": method, "keep": keep, "n": len(mine), "runs": mine}
-            for key in ("parameters", "sampling", "flops", "seconds", "loss", "loss_by_group", "frechet",
-                        "recognised"):
-                values = [run[key] for run in mine if run[key] is not None]
-                row[key] = np.mean(values, 0).tolist() if values else None
-            rows[row_name(method, keep)] = row
+    for one, result in zip(judged, results):
+        if result:
+            row = rows.setdefault(one.name, {"row": one.row, "keep": one.keep, "runs": []})
+            row["runs"].append(result)
+    for row in rows.values():
+        row["n"] = len(row["runs"])
+        for key in ("parameters", "sampling", "flops", "seconds", "loss_by_group", *measures):
+            row[key] = np.mean([run[key] for run in row["runs"]], 0).tolist()
     return rows
 
 
-def print_tables(rows: dict) -> None:
+def print_tables(rows: dict, measures: list[str]) -> None:
     table, by_group = [], []
     for row in rows.values():
-        runs, first = row["runs"], {"method": row["method"], "keep": row["keep"]}
+        runs, first = row["runs"], {"row": row["row"], "keep": row["keep"]}
         line = first | {
             "n": row["n"], "params, M": row["parameters"] / 1e6, "sampling": flops.amount(round(row["sampling"])),
             "training": flops.amount(round(row["flops"])), "minutes": row["seconds"] / 60}
-        for key, spec in (("loss", ".5f"), ("frechet", ".2f"), ("recognised", ".1%")):
+        for key in measures:
+            spec = {"loss": ".5f", "frec": ".2f", "reco": ".1%"}[key[:4]]
             line[key] = common.mean_and_sd([run[key] for run in runs], spec)
         table.append(line)
         losses = zip(GROUP_NAMES, zip(*(run["loss_by_group"] for run in runs)))
         by_group.append(first | {group: common.mean_and_sd(values, ".4g") for group, values in losses})
-    specs = {"method": "", "keep": "g"}
+    specs = {"row": "", "keep": "g"}
     print()
     plot.print_table(table, dict.fromkeys(table[0], "") | specs | {"params, M": ".2f", "minutes": ".1f"})
     print("\nHeld-out loss at timesteps t")
     plot.print_table(by_group, dict.fromkeys(by_group[0], "") | specs)
-    print(f"±: standard deviation over seeds. {common.about_losses(runs[0]['predict'])}")
+    print("±: standard deviation over seeds. Losses are those of eps, whatever a model predicts: so they compare.")
 
 
 def draw(rows: dict, args) -> None:
     """figure.png, and samples.png where there are samples: a row of images for each row of the table."""
     def over_cost(key):
         found = {}
-        for method in METHODS:
-            line = [row for row in rows.values() if row["method"] == method and row[key] is not None]
+        for name in ROWS:
+            line = sorted((row for row in rows.values() if row["row"] == name), key=lambda row: row["sampling"])
             spread = [np.std([run[key] for run in row["runs"]], ddof=1) if row["n"] > 1 else 0 for row in line]
             if line:
-                found[method] = [row["sampling"] for row in line], [row[key] for row in line], spread
+                found[name] = [row["sampling"] for row in line], [row[key] for row in line], spread
         return found
 
-    x_label = f"multiply-adds of {args.sampling_steps} sampling steps, one image"
-    title = f"held-out loss after {args.steps:,} steps"
-    charts = [plot.line_chart(over_cost("loss"), title, x_label, "loss, +- sd over seeds")]
-    others = [name for name in rows if name != "full"]
-    if "full" in rows and others:
+    x_label = f"multiply-adds of {args.sampling_steps} steps without guidance"
+    charts = [plot.line_chart(over_cost("loss"), f"held-out loss after {args.steps:,} steps", x_label,
+                              "loss, +- sd over seeds")]
+    for w in args.guidances if args.num else ():
+        charts.append(plot.line_chart(over_cost(f"frechet, w {w:g}"), f"{args.num:,} samples, guidance {w:g}", x_label,
+                                      "Frechet distance, +- sd over seeds"))
+    static = next((name for name in rows if name.startswith("static")), None)
+    if static and len(rows) > 1:
         losses = {name: np.array([row["loss"], *row["loss_by_group"]]) for name, row in rows.items()}
-        changes = [100 * (losses[name] / losses["full"] - 1) for name in others]
-        charts.append(plot.heat_map(changes, others, ["all t", *GROUP_NAMES], "held-out loss against full rank",
+        changes = [100 * (losses[name] / losses[static] - 1) for name in rows]
+        charts.append(plot.heat_map(changes, list(rows), ["all t", *GROUP_NAMES], f"held-out loss against {static}",
                                     "%", "timesteps t", spec="+.1f"))
-    if over_cost("frechet"):
-        title = f"{args.num:,} samples, guidance {args.guidance:g}"
-        charts.append(plot.line_chart(over_cost("frechet"), title, x_label, "Frechet distance, +- sd over seeds"))
     plot.save(args.out / "figure.png", *charts)
-    files = {name: args.out / f"{name}-s0" / "samples.npz" for name in rows}
-    pictured = {name: open_source(str(file)).read(0, min(10, args.num)) for name, file in files.items()
-                if args.num and file.exists()}
+    pictured = {}
+    for name, row in rows.items():
+        run = row["row"] if row["row"] in ("full", "elastic") else name
+        file = args.out / f"{run}-s0" / f"samples-{name}-w{args.guidances[-1]:g}.npz"
+        if args.num and file.exists():
+            pictured[name] = open_source(str(file)).read(0, min(10, args.num))
     if pictured:
         save_grid(args.out / "samples.png", torch.cat(list(pictured.values())), min(10, args.num))
         print(f"wrote {args.out / 'samples.png'} (rows: {', '.join(pictured)}; the same noise and classes in all)")
@@ -260,61 +255,77 @@ def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
     common.add_run_flags(parser, "runs/compare")
+    add("--rows", default="static,iso-compute,iso-compute-eps,elastic", metavar="NAME,...",
+        help=f"of {', '.join(ROWS)} (default static,iso-compute,iso-compute-eps,elastic)")
+    add("--keeps", default="0.25", metavar="F,...", help="kept shares of the parameters (default 0.25)")
+    add("--fit", type=Path, metavar="DIR", help="where fit_ranks.py wrote its profiles, for the row `fitted`")
+    add("--objective", default="rollout", metavar="NAME", help="which of them (default rollout)")
     add("--steps", type=positive_int, metavar="N", default=3000, help="training steps of every run (default 3000; "
         "the paper: 800000)")
     common.add_repeat_flags(parser, seeds=3)
-    add("--all-seeds", action="store_true", help="train the other rows from all seeds, too (default: from one)")
-    add("--only", metavar="NAME,...", help="train and measure these runs alone, such as full-s0,static-0.25-s1")
+    add("--only", metavar="NAME,...", help="train and measure these runs alone, such as static-0.25-s0")
     add("--report", action="store_true", help="train nothing: the table of what is finished")
-    common.add_sample_flags(parser, num=1000, guidance=1.5, steps=50)
-    add("--classifier", type=Path, metavar="FILE", help="of experiments/classifier.py; it and its .features.pt "
-        "are trained once where they do not exist (default OUT/classifier.pt)")
-    args = common.parse_flags(parser, ("--method", "--keep"))
+    add("--num", type=int, metavar="N", default=5000, help="samples of each run to judge; 0: none. A Frechet distance "
+        "is biased upwards, the more the fewer samples: compare equal numbers (default 5000)")
+    add("--guidances", default="1,2", metavar="W,...", help="of the samples (default 1,2)")
+    add("--sampling-steps", type=positive_int, metavar="N", default=50, help="of DDIM (default 50)")
+    add("--classifier", type=Path, metavar="FILE", help="of experiments/classifier.py, trained once where it does not "
+        "exist (default OUT/classifier.pt)")
+    args = common.parse_flags(parser, ("--method", "--keep", "--rank-profile", "--predict"))
+    args.guidances = common.choose_numbers("--guidances", args.guidances)
+    args.guidance = args.guidances[-1]
     common.check_sample_flags(args)
-    runs = list_runs(args.seeds, args.all_seeds)
+    names = common.choose("--rows", args.rows, ROWS)
+    if "fitted" in names and not args.fit:
+        raise InputError("--rows fitted needs --fit DIR, the profiles that experiments/fit_ranks.py wrote")
+    keeps = common.choose_numbers("--keeps", args.keeps, low=1e-3, high=1)
+    judged = list_judged(names, keeps, args.seeds, args.fit, args.objective)
+    runs = {one.run: one for one in judged}
     mine = common.choose("--only", args.only, runs) if args.only else list(runs)
     device = pick_device(args.device)
     common.settle_image_flags(args)
     flags = {}
-    for name, (method, keep, seed) in runs.items():
+    for name, one in runs.items():
         common.check_length(args.out / name, args.steps)
-        flags[name] = common.run_flags(args, method=method, keep=keep, seed=seed, steps=args.steps,
-                                       guidance=args.guidance)
-    judge = (args.classifier or args.out / "classifier.pt") if args.num else None
-    features = judge and classifier.features_file(judge)
-    depends = {key: getattr(args, key) for key in ("test", "per_group", "num", "sampling_steps", "guidance")}
+        own = dict(curriculum_groups=0, predict="v") | one.flags
+        flags[name] = common.run_flags(args, seed=one.seed, steps=args.steps, guidance=args.guidance, **own)
+    path = (args.classifier or args.out / "classifier.pt") if args.num else None
+    depends = {key: getattr(args, key) for key in ("test", "per_group", "num", "sampling_steps", "guidances")}
 
     if not args.report:
-        test = common.load_held_out(args, 10_000)
+        everything = common.load_held_out(args, 10_000)
         for name in mine:  # a mistyped flag costs a second, not the time it takes to train a classifier
-            common.read_run_flags(flags[name], test)
-        if judge and not (judge.exists() and features.exists()):
-            print(f"training the classifier {judge}")
+            common.read_run_flags(flags[name], everything)
+        test = common.every_second(everything, 1)  # fit_ranks.py has seen the others
+        if path and not path.exists():
+            print(f"training the classifier {path}")
             wanted = dict(dataset=args.dataset, data_dir=args.data_dir, image_size=args.image_size,
-                          device=args.device, out=judge)
+                          device=args.device, out=path)
             wanted |= dict(test=args.test) if args.test != args.dataset else {}
             classifier.main(common.as_flags(wanted))
-        if judge:
-            classifier.load_classifier(judge, device, test)
-    depends["classifier"] = sha256_of(features) if judge and features.exists() else None
+        judge = classifier.Judge(path, test, device) if path else None
+    depends["classifier"] = sha256_of(path) if path and path.exists() else None
     if not args.report:
-        for number, name in enumerate(mine, 1):
-            print(f"\n{name}, {number} of {len(mine)}", flush=True)
-            common.train_and_measure(args.out / name, flags[name], depends, device,
-                                     lambda model, folder: measure_run(model, folder, test, judge, args, device))
+        for number, one in enumerate((one for one in judged if one.run in mine), 1):
+            print(f"\n{one.name}-s{one.seed}, number {number}", flush=True)
+            common.train_and_measure(args.out / one.run, flags[one.run], depends, device,
+                                     lambda model, folder: measure_run(model, folder, one, test, judge, args),
+                                     f"measured-{one.name}")
 
-    results = {name: common.measured(args.out / name, flags[name], depends) for name in runs}
-    missing = [name for name, result in results.items() if result is None]
-    rows = collect(runs, {name: result for name, result in results.items() if result})
+    results = [common.measured(args.out / one.run, flags[one.run], depends, f"measured-{one.name}") for one in judged]
+    missing = [f"{one.name}-s{one.seed}" for one, result in zip(judged, results) if result is None]
+    measures = ["loss"]
+    for w in args.guidances if args.num else ():
+        measures += [f"frechet, w {w:g}", f"recognised, w {w:g}"]
+    rows = collect(judged, results, measures)
     if not rows:
         raise InputError(f"{args.out} holds no finished run of these settings; leave --report out to train them")
-    print_tables(rows)
-    comparisons = print_words(rows)
-    print(f"\n{len(missing)} of {len(runs)} runs are missing: {', '.join(missing)}" if missing else
-          "\nall runs are in")
+    print_tables(rows, measures)
+    differences = print_differences(rows, keeps, measures)
+    print(f"\n{len(missing)} of {len(judged)} are missing: {', '.join(missing)}" if missing else "\nall runs are in")
     draw(rows, args)
     plot.write_json(args.out / "results.json", dict(settings=vars(args), groups=GROUP_NAMES, missing=missing,
-                                                    rows=list(rows.values()), comparisons=comparisons))
+                                                    rows=list(rows.values()), differences=differences))
     print(f"wrote {args.out / 'results.json'} and {args.out / 'figure.png'}")
 
 

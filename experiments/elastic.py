@@ -168,11 +168,8 @@ def main():
         raise InputError("--runs takes runs of --method elastic whose models are of one shape")
     if args.sampling_steps > T or args.num < 2:
         raise InputError("--sampling-steps takes at most 1000, --num at least 2")
-    shares = common.choose_shares(args.shares, config.rho_min)
-    try:
-        guidances = [float(word) for word in args.guidances.split(",")]
-    except ValueError:
-        raise InputError(f"--guidances {args.guidances!r} must be numbers separated by commas") from None
+    shares = common.choose_numbers("--shares", args.shares, config.rho_min, 1)
+    guidances = common.choose_numbers("--guidances", args.guidances)
     args.image_size = args.image_size or config.image_size
     common.settle_image_flags(args)
     held_out = common.every_second(common.load_held_out(args, 10_000), 1)

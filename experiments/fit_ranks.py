@@ -330,7 +330,7 @@ def main():
     config = model.config
     if config.method != "elastic":
         raise InputError(f"{args.run} is of --method {config.method}; give a run of --method elastic")
-    shares = common.choose_shares(args.shares, config.rho_min)
+    shares = common.choose_numbers("--shares", args.shares, config.rho_min, 1)
     args.image_size = args.image_size or config.image_size
     common.settle_image_flags(args)
     images = common.every_second(common.load_held_out(args, 10_000), 0)
