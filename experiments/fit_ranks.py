@@ -281,7 +281,7 @@ def as_json(profile: Profile) -> dict:
 def draw(harms: dict, fitted: dict, groups: list[range], shares: list[float], out: Path) -> None:
     """harm.png: one heat map for each objective; profiles.png: the fitted profiles, a chart for each budget."""
     names = [f"{group[0]}-{group[-1]}" for group in groups]
-    maps = [plot.heat_map(100 * table.T / table.sum(0).max(), [f"{s:g}" for s in SHARES], names,
+    maps = [plot.heat_map(100 * table.T / max(table.sum(0).max(), 1e-30), [f"{s:g}" for s in SHARES], names,
                           f"{objective}: harm of a share at t", "% of the largest sum", "timesteps t", "share", ".1f")
             for objective, table in harms.items()]
     plot.save(out / "harm.png", *maps)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import itertools
 import json
 import math
 import sys
@@ -28,7 +29,9 @@ import compare
 import compress
 import curves
 import data
+import elastic
 import fid
+import fit_ranks
 import flops
 import model
 import neighbours
@@ -557,13 +560,17 @@ def test_a_script_runs_on_shapes(tmp_path, monkeypatch):
 
 
 def test_order_and_time_of_the_compared_runs():
-    """The paper's ten rows; those of several seeds first, seed by seed. Time is that of the steps alone."""
-    names = list(compare.list_runs(3, False))
-    assert names[:5] == ["full-s0", "static-0.25-s0", "static-0.5-s0", "iso-compute-0.5-s0", "iso-param-0.5-s0"]
-    assert [name[-1] for name in names] == [*"00000111112222200000"]
-    assert len({name[:-3] for name in names}) == 10 and len(set(names)) == len(compare.list_runs(2, True)) == 20
+    """Seed by seed; an elastic run is one folder for all keeps, full rank has none. Time is that of the steps alone."""
+    judged = compare.list_judged(["full", "static", "fitted", "elastic"], [0.5, 0.25], 2, Path("fits"), "elbo")
+    assert [one.name for one in judged if one.seed == 0] == ["full", "static-0.5", "static-0.25", "fitted-0.5",
+                                                            "fitted-0.25", "elastic-0.5", "elastic-0.25"]
+    runs = {one.run: one.flags for one in judged}
+    assert list(runs)[:5] == ["full-s0", "static-0.5-s0", "static-0.25-s0", "fitted-0.5-s0", "fitted-0.25-s0"]
+    assert len(runs) == 12 and "elastic-s1" in runs and "keep" not in runs["elastic-s0"] | runs["full-s0"]
+    assert runs["fitted-0.25-s1"] == dict(method="iso-compute", keep=0.25, rank_profile=Path("fits/elbo-0.25.json"))
+    assert [one.shares.ranks for one in judged if one.row == "elastic"] == 2 * [((1, 0.5),), ((1, 0.25),)]
     log = [{"step": 100, "images_per_s": 80.0}, {"step": 150, "images_per_s": 40.0}]  # of 8: 10 s and 10 s
-    assert compare.seconds_of(log, 8) == pytest.approx(20) and len(compare.list_runs(1, False)) == 10
+    assert compare.seconds_of(log, 8) == pytest.approx(20)
 
 
 def test_interval_of_a_difference():
@@ -579,66 +586,222 @@ def test_interval_of_a_difference():
     assert verdicts == ["better", "worse", "not told apart", "no spread known"]
 
 
-def test_words_of_the_comparison(capsys):
-    """A trend appears if all keeps show it and full rank is ahead of static 0.25. More recognised is better."""
-    yes, no, unknown = "appears here", "is not shown", "cannot be judged"
-    for full, adaptive, compute, param in ((1.0, 1.5, yes, yes), (2.0, 1.5, unknown, unknown), (1.0, 1.8, no, yes),
-                                           (1.0, 2.1, no, yes)):
-        losses = {"full": [full - 0.01, full + 0.01], "static-0.25": [1.99, 2.01]}
-        for keep in ("0.75", "0.5"):
-            losses |= {f"static-{keep}": [1.8], f"iso-compute-{keep}": [adaptive], f"iso-param-{keep}": [1.8]}
-        found = compare.print_words({
-            name: dict(runs=[dict(loss=x, frechet=None, recognised=None) for x in xs], sampling=100, parameters=10)
-            for name, xs in losses.items()})
-        trends = [line for line in capsys.readouterr().out.splitlines() if "the paper's trend" in line]
-        assert [text in line for text, line in zip((compute, param), trends)] == [True, True] and len(trends) == 2
-        assert len(found) == 5 and found[0]["difference"] == pytest.approx(full - 2)
-        # four values of standard deviation 0.01414 in two rows: t(0.975, 2) = 4.3027
-        assert found[1]["half_width"] == pytest.approx(4.302653 * 0.02**0.5 * 0.1 * 2**0.5, rel=1e-5)
-    rows = {name: dict(runs=[dict(loss=x, frechet=x, recognised=x) for x in (0.97 * mean, 1.03 * mean)])
-            for name, mean in (("a", 0.9), ("b", 0.3), ("none", 0.0))}
-    verdicts = {c["measure"]: c["verdict"] for c in compare.compare_rows(rows, "a", "b")}
-    assert verdicts == {"loss": "worse", "Frechet distance": "worse", "share recognised": "better"}
-    assert math.isnan(compare.compare_rows(rows, "a", "none")[0]["relative"])
+def test_differences_of_rows(capsys):
+    """Each row against its pair at the same keep; more recognised is better, less of all else."""
+    rows = {name: dict(runs=[{"loss": x, "recognised, w 1": x} for x in (0.97 * mean, 1.03 * mean)])
+            for name, mean in (("static-0.5", 0.3), ("elastic-0.5", 0.9), ("static-0.25", 0.0), ("full", 0.3))}
+    found = compare.print_differences(rows, [0.5, 0.25], ["loss", "recognised, w 1"])
+    verdicts = {(c["this"], c["that"], c["measure"]): c["verdict"] for c in found}
+    assert verdicts["elastic-0.5", "static-0.5", "loss"] == "worse" and len(found) == 6
+    assert verdicts["elastic-0.5", "static-0.5", "recognised, w 1"] == "better"
+    assert verdicts["full", "static-0.5", "loss"] == "not told apart"
+    assert math.isnan(found[-1]["relative"]) and "+200.0%" in capsys.readouterr().out
 
 
 def test_compare_script(few, tmp_path):
     """Measures what --only names, once; a run of another length is refused before anything is done."""
-    flags = [*few, "--steps", 4, "--num", 10, "--per-group", 5, "--sampling-steps", 2, "--out", tmp_path, "--",
-             "--curriculum-share", "0.5"]
-    out = runs(compare, *flags, "--only", "full-s0,static-0.25-s0,static-0.25-s1,iso-param-0.5-s0")
+    (tmp_path / "fit").mkdir()
+    (tmp_path / "fit" / "elbo-0.25.json").write_text('{"t": [1, 500], "share": [0.2, 0.6]}')
+    flags = [*few, "--steps", 4, "--num", 10, "--per-group", 5, "--sampling-steps", 2, "--out", tmp_path, "--seeds", 2,
+             "--keeps", "0.25,0.5", "--rows", "static,iso-compute,elastic", "--", "--ema-decay", "0.5"]
+    out = runs(compare, *flags, "--only", "static-0.25-s0,static-0.25-s1,elastic-s0")
     results, run = results_in(tmp_path), tmp_path / "static-0.25-s0"
-    assert "16 of 20 runs are missing" in out and "Is the budget enough?" in out and "The models predict v." in out
-    rows = [(row["method"], row["keep"], row["n"]) for row in results["rows"]]
-    assert rows == [("full", None, 1), ("iso-param", 0.5, 1), ("static", 0.25, 2)] and len(results["missing"]) == 16
+    assert "8 of 12 are missing" in out
+    rows = {(row["row"], row["keep"]): row for row in results["rows"]}
+    assert [key + (row["n"],) for key, row in rows.items()] == [
+        ("static", 0.25, 2), ("elastic", 0.25, 1), ("elastic", 0.5, 1)] and len(results["missing"]) == 8
     assert results["groups"] == ["1-33", "34-358", "359-900", "901-990", "991-1000"]
-    net, found = opened(run)[0], json.loads((run / "measured.json").read_text())["result"]
-    assert [found["loss"], found["loss_by_group"]] == held_out_loss(net, few, 5) and found["seconds"] > 0
-    extractor, judge = fid.file_extractor(tmp_path / "classifier.features.pt"), tmp_path / "classifier.pt"
-    sides = [fid.measure(data.open_source(str(p)), extractor, CPU, pr_num=0) for p in (run / "samples.npz", few[3])]
-    distance = fid.frechet_distance(*(x for side in sides for x in (side.mu, side.sigma)))
-    assert found["frechet"] == pytest.approx(distance, rel=1e-5)
-    assert found["parameters"] == sum(p.numel() for p in net.parameters())
-    assert (found["sampling"], found["flops"]) == (flops.sampling(net.config, 2), curves.read_log(run)[-1]["flops"])
-    images, labels = sample.draw_images(net, range(10), [*range(10)], steps=2, guidance=1.5)
-    with np.load(run / "samples.npz") as kept, torch.no_grad():
-        assert np.array_equal(kept["arr_0"], images.permute(0, 2, 3, 1)) and np.array_equal(kept["labels"], labels)
-        answers = classifier.load_classifier(judge, CPU)[0].eval()(images).argmax(1)
-    losses = [run["loss"] for run in results["rows"][2]["runs"]]
-    assert found["recognised"] == (answers == labels).double().mean().item()
-    assert results["rows"][2]["loss"] == pytest.approx(sum(losses) / 2)
-    assert f"{np.mean(losses):.5f} ± {np.std(losses, ddof=1):.5f}" in out
+    judge, measured = tmp_path / "classifier.pt", "measured-static-0.25.json"
+    test = common.every_second(data.load(str(few[3])), 1)
+    assert len(test.images) == 20 and (test.images == data.load(str(few[3])).images[[*range(10, 20), *range(30, 40)]]).all()
+    for folder, name, share in ((run, "static-0.25", None), (tmp_path / "elastic-s0", "elastic-0.5", 0.5)):
+        net = opened(folder)[0]
+        found = json.loads((folder / f"measured-{name}.json").read_text())["result"]
+        loss, by_group = common.held_out_loss(net, test, 5, share=share)
+        assert (found["loss"], found["loss_by_group"], found["predict"]) == (loss, by_group, "v") and found["seconds"] > 0
+        shares = sample.Shares(((1, share),) if share else None)
+        images, labels = sample.draw_images(net, range(10), [*range(10)], steps=2, guidance=2.0, shares=shares)
+        with np.load(folder / f"samples-{name}-w2.npz") as kept, torch.no_grad():
+            assert np.array_equal(kept["arr_0"], images.permute(0, 2, 3, 1)) and np.array_equal(kept["labels"], labels)
+            network = classifier.load_classifier(judge, CPU)[0].eval()
+            real, fake = (network.features(x).double().numpy() for x in (test.images, images))
+            assert found["recognised, w 2"] == (network(images).argmax(1) == labels).double().mean().item()
+        sides = [side for x in (fake, real) for side in (x.mean(0), np.cov(x, rowvar=False))]
+        assert found["frechet, w 2"] == pytest.approx(fid.frechet_distance(*sides), rel=1e-5)
+        assert found["parameters"] == sum(p.numel() for p in net.parameters())
+        assert found["sampling"] == flops.sampling(net.config, 2, ranks=shares.ranks)
+        assert found["flops"] == curves.read_log(folder)[-1]["flops"]
+    losses = [run["loss"] for run in rows["static", 0.25]["runs"]]
+    assert f"{np.mean(losses):.5f} ± {np.std(losses, ddof=1):.5f}" in out and "| elastic-0.25 | static-0.25" in out
     assert Image.open(tmp_path / "samples.png").width > Image.open(tmp_path / "samples.png").height
-    before = (run / "measured.json").stat().st_mtime_ns
+    before = (run / measured).stat().st_mtime_ns
     again, report = runs(compare, *flags, "--only", "static-0.25-s0"), runs(compare, *flags, "--report")
-    assert (run / "measured.json").stat().st_mtime_ns == before and "step 4" not in again
-    assert report[report.index("| method"):] == again[again.index("| method"):]
+    assert (run / measured).stat().st_mtime_ns == before and "step 4" not in again
+    assert report[report.index("| row"):] == again[again.index("| row"):]
     out = runs(compare, *flags, "--per-group", 6, "--only", "static-0.25-s0")
-    assert "19 of 20 runs are missing" in out and (run / "measured.json").stat().st_mtime_ns > before
-    refuses(compare, *flags, "--curriculum-share", "0.1", says=("cannot resume", "--curriculum-share"))
+    assert "11 of 12 are missing" in out and (run / measured).stat().st_mtime_ns > before
+    refuses(compare, *flags, "--ema-decay", "0.1", says=("cannot resume", "--ema-decay"))
     for more in (["--only", "static-0.5-s0"], ["--report"]):
-        refuses(compare, *flags, "--steps", 6, *more, says=("full-s0 is a run of 4 steps, not 6", "--out"))
+        refuses(compare, *flags, "--steps", 6, *more, says=("s0 is a run of 4 steps, not 6", "--out"))
     assert not (tmp_path / "static-0.5-s0").exists()
+    out = runs(compare, *flags, "--rows", "fitted", "--keeps", "0.25", "--fit", tmp_path / "fit", "--objective", "elbo")
+    net = opened(tmp_path / "fitted-0.25-s1")[0]
+    assert net.config.rank_profile == ((1, 0.2), (500, 0.6)) and net.config.method == "iso-compute"
+    refuses(compare, *flags, "--rows", "fitted", says="--fit")
+    refuses(compare, *flags, "--keeps", "0.5,x", says=("--keeps", "numbers"))
+
+
+# ----------------------------------------------------------------------------------------------------
+# fit_ranks.py and elastic.py
+
+
+@pytest.fixture(scope="module")
+def elastic_run(few, tmp_path_factory):
+    """The folder of a short elastic run, whose adaLN gates have left zero, and a classifier for its images."""
+    folder = tmp_path_factory.mktemp("elastic")
+    train.main([*map(str, [*few[:2], *few[4:]]), "--model", "tiny", "--method", "elastic", "--steps", "6", "--lr", "0.01",
+                "--ema-decay", "0", "--sample-every", "0", "--out", str(folder / "run")])
+    classifier.main([*map(str, few[:4]), "--steps", "5", "--out", str(folder / "clf.pt"), "--device", "cpu"])
+    return folder / "run", folder / "clf.pt"
+
+
+def test_groups_and_weights_of_the_fit():
+    """Groups tile 1..T, end where log-SNR passes an edge, and each has a visited timestep. The weights are half the
+    fall of log-SNR; T counts as T - 1."""
+    for steps in (1, 3, 10, 50, 1000):
+        visited = schedule.sampling_timesteps(steps)[:-1]
+        groups = fit_ranks.noise_groups(visited)
+        assert [t for group in groups for t in group] == list(range(1, T + 1))
+        assert all(any(t in group for t in visited) for group in groups)
+    assert len(groups) == 10 and len(fit_ranks.noise_groups([1000])) == 1
+    for group, edge in zip(groups[1:], fit_ranks.EDGES):
+        assert NOISE.log_snr[group[0]] <= edge < NOISE.log_snr[group[0] - 1]
+    weights = fit_ranks.elbo_weights()
+    fall = (NOISE.log_snr[1:-1] - NOISE.log_snr[2:]) / 2
+    assert torch.equal(weights[2:T], fall[:-1]) and weights[T] == 0 and weights[1] == weights[2]
+
+
+def test_the_solver_against_every_choice():
+    """Three groups, four levels, convex harm: the best of all choices within the budget at every budget that a choice
+    on the hull of totals just meets; constraints hold, and cost harm."""
+    rng = np.random.default_rng(0)
+    cost, steps = np.array([1.0, 2.0, 4.0, 8.0]), np.array([3, 1, 2])
+    hull = fit_ranks.lower_hull(np.array([0.0, 1.0, 2.0, 3.0]), np.array([5.0, 9.0, 1.0, 0.0]), np.arange(0, 3.1, 0.5))
+    assert hull.tolist() == [5, 4, 3, 2, 1, 0.5, 0]  # the second point lies above the line between its neighbours
+    for _ in range(20):
+        harm = np.stack([fit_ranks.lower_hull(cost, np.sort(rng.random(4))[::-1], cost) for _ in range(3)])
+        choices = np.array(list(itertools.product(range(4), repeat=3)))
+        spent = (steps * cost[choices]).sum(1)
+        total = harm[np.arange(3), choices].sum(1)
+        for budget in (6.0, 11.0, 20.0, 48.0):
+            for constraint, allowed in ((dict(), spent <= budget), (
+                    dict(never_rises=True), (spent <= budget) & (np.diff(choices, axis=1) <= 0).all(1))):
+                levels = fit_ranks.solve(harm, cost, steps, budget, **constraint)
+                mine = (choices == levels).all(1)
+                assert allowed[mine].all()
+                # a price cannot reach choices above the hull of all totals: nothing cheaper is better
+                assert total[mine] <= total[allowed & (spent <= spent[mine])].min() + 1e-12
+        assert np.ptp(fit_ranks.solve(harm, cost, steps, 30.0, smooth=100.0)) == 0
+
+
+def test_a_fitted_profile_costs_no_more_than_the_constant_share():
+    config, visited = Config(**TINY, method="elastic", keep=1.0, rho_min=0.1, image_size=8), schedule.sampling_timesteps(50)
+    groups = fit_ranks.noise_groups(visited[:-1])
+    steps = np.array([sum(t in group for t in visited[:-1]) for group in groups])
+    harm = np.outer(steps * np.arange(10, 0, -1.0), (1 - np.array(fit_ranks.SHARES)) ** 2)  # more where it is clean
+    for share in (0.5, 0.25, 0.12):
+        profile, least = fit_ranks.fit(harm, config, groups, visited[:-1], share)
+        costs = [flops.sampling(config, 50, ranks=ranks) for ranks in (profile, ((1, share),))]
+        assert 0.95 * costs[1] < costs[0] <= costs[1] and least <= fit_ranks.harm_of_constant(harm, config, share)
+        shares = [s for _, s in profile]
+        assert shares == sorted(shares, reverse=True) and shares[0] > shares[-1] >= config.rho_min
+        rising = np.outer(steps * np.arange(1, 11.0), (1 - np.array(fit_ranks.SHARES)) ** 2)
+        flat = fit_ranks.fit(rising, config, groups, visited[:-1], share, never_rises=True)[0]
+        assert np.ptp([s for _, s in flat]) < 0.01
+        for shape in elastic.SHAPES.values():
+            profile = elastic.scaled(shape, config, 50, share)
+            assert flops.sampling(config, 50, ranks=profile) <= costs[1] and min(s for _, s in profile) >= config.rho_min
+    paper = elastic.scaled(elastic.SHAPES["paper"], config, 50, 0.5)
+    phi = [schedule.RankSchedule().active(t, 1000) for t in visited[:-1][::-1]]
+    assert np.corrcoef([s for _, s in paper], phi)[0, 1] > 0.999
+
+
+def test_harm_of_few_channels(few, elastic_run):
+    """Against losses computed one by one; none for all channels; a model that does not hear the label says nothing of
+    it; layers with zeroed channels are those of fewer."""
+    net, images = opened(elastic_run[0])[0], data.load(str(few[3]))
+    groups = fit_ranks.noise_groups([200, 600, 1000])
+    harm, nats = fit_ranks.measure_harm([(net, 0.2), (net, None)], images, groups, 6, seed=3)
+    assert all((table[:, -1] == 0).all() for table in harm.values()) and len(nats) == len(groups)
+    order, weights = torch.randperm(40, generator=torch.Generator().manual_seed(3)), fit_ranks.elbo_weights()
+    for g, group in enumerate(groups):
+        t = group[0] + ((torch.arange(6, dtype=torch.float64) + 0.5) / 6 * len(group)).long()
+        batch = common.noised_batch(net, images, order[torch.arange(6)], t, range(6 * g, 6 * g + 6), 3)
+        losses = [train.denoising_loss(net, net, batch._replace(share=share)).detach().double()
+                  * schedule.eps_loss_factor("v", NOISE)[t] for share in (0.2, None)]
+        worse = losses[0] - losses[1]
+        assert harm["loss"][g, 0] == pytest.approx(len(group) / T * worse.mean().item(), rel=1e-3, abs=1e-9)
+        assert harm["elbo"][g, 0] == pytest.approx(len(group) * 192 * (weights[t] * worse).mean().item(), rel=1e-3)
+        labelled, free = (batch._replace(y=y) for y in (batch.y, torch.full_like(batch.y, 10)))
+        gaps = []
+        for share in (0.2, None):
+            eps = [fit_ranks.eps_answers(net, part, share)[0] for part in (labelled, free)]
+            gaps.append(eps[0] - eps[1])
+        moved = (gaps[0] - gaps[1]).square().sum((1, 2, 3)).double()
+        assert harm["class"][g, 0] == pytest.approx(len(group) * (weights[t] * moved).mean().item(), rel=1e-3)
+    kinds = fit_ranks.layer_kinds(net)
+    assert sorted(kinds) == ["adaln", "k", "mlp_in", "mlp_out", "out", "q", "time", "v"]
+    names = [name for some in kinds.values() for name in some]
+    fewer, x = fit_ranks.with_fewer(net, names, 0.3), torch.randn(2, 3, 8, 8)
+    y, t = torch.tensor([1, 2]), torch.tensor([300, 300])
+    assert torch.allclose(fewer(x, t, y), net(x, t, y, net.active(300, 0.3)), atol=1e-6)
+    saved = sum(fit_ranks.saved_by(net.config, some, 0.3) for some in kinds.values())
+    assert saved == flops.one_image(net.config, 1)[0] - flops.one_image(net.config, 1, share=0.3)[0]
+    with torch.no_grad():
+        for embedder in net.embedders:
+            embedder.label.weight[:] = embedder.label.weight[10].clone()
+    harm, nats = fit_ranks.measure_harm([(net, 0.2), (net, None)], images, groups, 6)
+    assert np.allclose(nats, 0, atol=1e-6) and np.abs(harm["class"]).max() == 0
+
+
+def test_fit_and_judge_scripts(few, elastic_run, tmp_path):
+    """From a run to profiles that sample.py and train.py take, and to the tables of elastic.py, judged once."""
+    run, judge = elastic_run
+    flags = [*few[:6], "--classifier", judge]
+    out = runs(fit_ranks, "--run", run, *flags, "--per-group", 4, "--rollouts", 3, "--sampling-steps", 4, "--layers",
+               "--shares", "0.5,0.25", "--out", tmp_path / "fit")
+    assert "what the label says of an image" in out and "per multiply-add saved" in out
+    found = json.loads((tmp_path / "fit" / "harm.json").read_text())
+    assert np.array(found["harm"]["rollout"])[:, -1].max() == 0 < np.array(found["harm"]["rollout"])[:, 0].min()
+    for objective in fit_ranks.OBJECTIVES:
+        profile = model.read_profile(str(tmp_path / "fit" / f"{objective}-0.25.json"))
+        cost = flops.sampling(opened(run)[0].config, 4, ranks=profile)
+        assert cost <= flops.sampling(opened(run)[0].config, 4, ranks=((1, 0.25),))
+    file = tmp_path / "fit" / "elbo-0.5.json"
+    assert "less than with all channels" in runs(sample, "--run", run, "--ranks", file, "--num", 4, "--steps", 2)
+    table = [*flags, "--num", 4, "--sampling-steps", 2, "--shares", "0.5,0.25", "--fit", tmp_path / "fit", "--out", tmp_path]
+    out = runs(elastic, "--runs", run, run, *table)
+    assert "fitted by rollout" in out and "± 0.00" in out and Image.open(tmp_path / "elastic.png").width > 600
+    tables = json.loads((tmp_path / "results.json").read_text())["tables"]
+    row = next(row for row in tables["budgets"] if row["share"] == 0.5)
+    net, test = opened(run)[0], common.every_second(data.load(str(few[3])), 1)
+    images, labels = sample.draw_images(net, range(4), [*range(10)], steps=2, guidance=2.0,
+                                        shares=sample.Shares(((1, 0.5),)))
+    wanted = classifier.Judge(judge, test, CPU)(images, labels)
+    assert row["frechet, w 2"] == pytest.approx(2 * [wanted["frechet"]]) and row["recognised, w 2"][0] == wanted["recognised"]
+    guide = [row for row in tables["guide"] if row["first"] == 1.0 and row["w"] == 2.0]
+    assert [row["guide"] for row in guide] == [1.0, 0.5, 0.25, 0.1, 0.25]
+    assert [row["multiply_adds"] for row in guide[:2]] == [1, guide[1]["cost"] / guide[0]["cost"]]
+    before = (tmp_path / "judged.json").stat().st_mtime_ns
+    runs(elastic, "--runs", run, run, *table, "--only", "budgets,profiles")
+    assert (tmp_path / "judged.json").stat().st_mtime_ns == before
+    refuses(elastic, "--runs", run, *table, "--shares", "0.05", says=("--shares", "0.1"))
+    refuses(fit_ranks, "--run", run, *flags, "--shares", "2", says=("--shares", "1"))
+    refuses(fit_ranks, "--run", tmp_path, *flags, says="does not exist")
+    train.main([*map(str, [*few[:2], *few[4:]]), "--model", "tiny", "--method", "static", "--steps", "1", "--sample-every",
+                "0", "--out", str(tmp_path / "static")])
+    refuses(fit_ranks, "--run", tmp_path / "static", *flags, says="--method elastic")
+    refuses(elastic, "--runs", tmp_path / "static", *table, says="--method elastic")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -769,7 +932,7 @@ REFUSED = [  # scripts, flags in which ODD is a folder, words of the answer
     (EVERY[1:3], "--sampling-steps 1001", "1000"), (EVERY[1:3], "--guidance inf", "--guidance"),
     (EVERY[1:3], "--classifier ODD/nothing.pt", "nothing.pt is not a classifier"),
     (EVERY[1:3], "--classifier ODD/fewer.pt", "fewer.pt is of other classes"),
-    ([neighbours], "--classifier ODD/none.pt", "no classifier"), ([compare], "--only full-s7", "iso-param-0.5-s2"),
+    ([neighbours], "--classifier ODD/none.pt", "no classifier"), ([compare], "--only full-s7", "elastic-s2"),
     ([compare], "--report", "no finished run"), ([compress], "--keep 0", "--keep"),
     ([compress], "--tune-lr -1", "--tune-lr"), ([compress], "--teacher ODD", "config.json"),
     ([compress], "--teacher ODD --seeds 2", "--seeds"), ([rank_analysis], "--steps 45", "multiple"),
