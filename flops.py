@@ -110,7 +110,7 @@ def budget_share(config: Config, budget: float) -> float:
     """The largest share of the channels whose forward pass takes at most `budget` times the multiply-adds of
     all channels. Cost grows in steps, where share * r_max passes a whole number for some r_max; the largest
     share on a step is j / r_max: these are searched. Raises ValueError if not even the first one fits."""
-    allowed = budget * one_image(config, T)[0]
+    allowed = budget * one_image(config, T)[0] * (1 + 1e-12)  # a budget may be the rounded ratio of two costs
     steps = sorted({j / r for r in _channels(config) for j in range(1, r + 1)})
     fitting = bisect.bisect_right(steps, allowed, key=lambda share: one_image(config, T, share=share)[0])
     if not fitting:
