@@ -1702,6 +1702,11 @@ def test_a_killed_run_resumes_bit_identically(killed_at, more, thirty_steps, tmp
     folder, straight = tmp_path / "r", tmp_path / "straight" if more else thirty_steps[0]
     if more:
         quick_training("--steps", 30, *more, "--out", straight)
+        (config, *_), spent, g = train.read_config(straight), 0, torch.Generator().manual_seed(0)
+        for _ in range(30):
+            torch.rand(4, dtype=torch.float64, generator=g), torch.randperm(4, generator=g)  # t and its order
+            spent += flops.train_step(config, [1] * 4, share=schedule.elastic_shares(4, 0.1, g), distil=True)
+        assert log_of(straight)[-1]["flops"] == spent
     arguments = [str(killed_at), *QUICK, "--steps", "30", "--save-every", "13", *more, "--out", str(folder)]
     killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=HERE, capture_output=True)
     assert killed.returncode == -SIGKILL, killed.stderr
