@@ -1454,7 +1454,8 @@ def test_sample_script_refuses(elastic_run, run, arguments, says, tmp_path, monk
     Path("p.json").write_text(PROFILE)
     before = sorted(elastic_run.rglob("*"))
     refuses(sample, "--run", elastic_run, *arguments, says=says)
-    refuses(sample, "--run", run, *arguments, says="")
+    shares = len(arguments) == 2 and "x" not in arguments and arguments[0] in ("--budget", "--ranks", "--guide-share")
+    refuses(sample, "--run", run, *arguments, says="take a run of --method elastic" if shares else "")
     assert sorted(elastic_run.rglob("*")) == before and os.listdir() == ["p.json"]
 
 
@@ -1462,7 +1463,7 @@ def test_sample_script_refuses(elastic_run, run, arguments, says, tmp_path, monk
     ([], ""), (["--budget", 0.5], "share 0.36 of"), (["--budget", 1], "share 1 of"), (["--ranks", "p.json"], ""),
     (["--guide-share", 0.25], ""), (["--guide-share", 0.25, "--guide-class", "same"], ""),
     (["--ranks", "p.json", "--guide-share", 0.4, "--guide-class", "same"], ""), (["--guide-share", 0.25, "--guidance", 0], ""),
-    (["--budget", 0.5, "--guide-share", 0.9], ""), (["--guide-share", 0.25, "--guidance", 1], ""),
+    (["--budget", 0.5, "--guide-share", 0.9, "--sampler", "ddpm"], ""), (["--guide-share", 0.25, "--guidance", 1], ""),
     (["--budget", "least"], "share 0.1")], ids=str)
 def test_sample_script_at_any_share(elastic_run, arguments, says, tmp_path, monkeypatch):
     """It prints the multiply-adds that torch counts, and what is saved; the least budget is the one that it names."""
