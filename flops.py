@@ -90,18 +90,19 @@ def one_image(config: Config, *t: int, share: float = 1.0) -> tuple[int, int]:
 
 
 def sampling(config: Config, steps: int = 100, guidance: bool = False, ranks: Profile | None = None,
-             guide_share: float = 1.0) -> int:
+             guide_share: float = 1.0, same_labels: bool = False) -> int:
     """Multiply-adds of sampling one image, each pass sliced to its Phi(t). NA-LR Eq. (5).
 
     guidance: classifier-free guidance, two passes a step. Timestep and label layers count for every
     image, though a batch computes them once.
     ranks, guide_share: as in `sample.Shares`
+    same_labels: of both passes, so that where their shares are equal too, one is enough
     """
     total = 0
     for t in sampling_timesteps(steps)[:-1]:
         share = share_at(ranks, t) if ranks else 1.0
         total += one_image(config, t, share=share)[0]
-        if guidance:
+        if guidance and not (same_labels and guide_share >= share):
             total += one_image(config, t, share=min(share, guide_share))[0]
     return total
 
@@ -110,7 +111,7 @@ def budget_share(config: Config, budget: float) -> float:
     """The largest share of the channels whose forward pass takes at most `budget` times the multiply-adds of
     all channels. Cost grows in steps, where share * r_max passes a whole number for some r_max; the largest
     share on a step is j / r_max: these are searched. Raises ValueError if not even the first one fits."""
-    allowed = budget * one_image(config, T)[0]
+    allowed = budget * one_image(config, T)[0] * (1 + 1e-12)  # a budget may be the rounded ratio of two costs
     steps = sorted({j / r for r in _channels(config) for j in range(1, r + 1)})
     fitting = bisect.bisect_right(steps, allowed, key=lambda share: one_image(config, T, share=share)[0])
     if not fitting:

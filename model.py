@@ -41,9 +41,9 @@ def read_profile(text: str) -> str | tuple:
     try:
         with open(text, "rb") as file:
             found = json.load(file)
-        profile = tuple(zip(map(int, found["t"]), map(float, found["share"]), strict=True))
+        profile = tuple(zip(found["t"], found["share"], strict=True))
         RankSchedule(profile)
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"rank profile {text!r} is neither {' nor '.join(PROFILES)} nor a JSON file like "
                          f'{{"t": [1, 34], "share": [1.0, 0.6]}} ({one_line(error)})') from None
     return profile

@@ -45,6 +45,16 @@ class Shares(NamedTuple):
     guide: float = 1.0
     guide_class: str = "none"
 
+    def at(self, t: int) -> tuple[float, float]:
+        """The shares of the first and of the second pass at t."""
+        share = share_at(self.ranks, t) if self.ranks else 1.0
+        return share, min(share, self.guide)
+
+    @property
+    def differ(self) -> bool:
+        """Whether the second pass computes fewer channels than the first at any t."""
+        return self.guide < max(share for _, share in self.ranks or ((1, 1.0),))
+
 
 def guided(model: DiT, y: torch.Tensor | None, guidance: float, shares: Shares = Shares()) -> Predictor:
     """The model's answer with classifier-free guidance (Ho and Salimans 2022): out_u + w (out_c - out_u).
@@ -73,8 +83,7 @@ def guided(model: DiT, y: torch.Tensor | None, guidance: float, shares: Shares =
     same_labels = torch.equal(y, guide)
 
     def output(x, t):
-        share = share_at(shares.ranks, t) if shares.ranks else 1.0
-        guide_share = min(share, shares.guide)
+        share, guide_share = shares.at(t)
         if guidance == 1 or (same_labels and guide_share == share):
             return first(x, t, share)
         if guidance == 0:
@@ -261,7 +270,7 @@ def choose_classes(text: str, names: list[str]) -> list[int]:
 def choose_shares(config: Config, budget: float | None, ranks: str | None, guide: float, guide_class: str):
     """The Shares that were typed: --budget, or the file of --ranks, and the guide's share and class. Raises
     InputError for channels that the model has not been trained with."""
-    if config.method != "elastic" and (budget is not None or ranks or guide != 1):
+    if config.method != "elastic" and (budget is not None or ranks is not None or guide != 1):
         trained = "just Phi(t) channels at t" if config.rank_schedule() else "all channels at every t"
         raise InputError(f"this run is of --method {config.method}, which has trained {trained}; --budget, "
                          "--ranks and --guide-share take a run of --method elastic")
@@ -271,10 +280,11 @@ def choose_shares(config: Config, budget: float | None, ranks: str | None, guide
             raise InputError(f"--budget {budget:g} must lie in (0, 1], as a share of all multiply-adds")
         least = flops.one_image(config, 1, share=config.rho_min)[0] / flops.one_image(config, 1)[0]
         if budget < least:
+            takes = math.ceil(1000 * least) / 1000  # rounded up: what is printed can be typed
             raise InputError(f"--budget {budget:g}: the smallest share that this run has trained, "
-                             f"{config.rho_min:g}, takes {least:.3f} of all multiply-adds")
+                             f"{config.rho_min:g}, takes {takes:g} of all multiply-adds")
         profile = ((1, flops.budget_share(config, budget)),)
-    elif ranks:
+    elif ranks is not None:
         profile = read_profile(ranks)
     if isinstance(profile, str):
         raise InputError(f"--ranks {ranks}: give a JSON file of shares")
@@ -282,7 +292,11 @@ def choose_shares(config: Config, budget: float | None, ranks: str | None, guide
     if not (config.rho_min <= lowest and guide <= 1):  # not NaN either
         wrong = guide if guide > 1 else lowest
         raise InputError(f"share {wrong:g} was not trained; this run takes {config.rho_min:g} to 1")
-    return Shares(profile, guide, guide_class)
+    shares = Shares(profile, guide, guide_class)
+    if guide_class == "same" and not shares.differ:
+        raise InputError("--guide-class same: guidance then comes from channels that the second pass lacks; "
+                         "give a --guide-share below that of the first")
+    return shares
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -346,7 +360,7 @@ def main():
     classes = choose_classes(args.classes, state["classes"])
     shares = choose_shares(model.config, args.budget, args.ranks, args.guide_share, args.guide_class)
     guidance = state["guidance"] if args.guidance is None else args.guidance
-    if not classes and shares.guide == 1:
+    if not classes and not shares.differ:
         if args.guidance is not None:
             print("note: --guidance has no effect: this model was trained without classes")
         guidance = 1.0
@@ -384,8 +398,11 @@ def main():
             print("columns:", ", ".join(state["classes"][c] for c in classes))
     guided_by = f", guidance {guidance:g}" if guidance != 1 else ""
     print(f"{args.num} images, {args.sampler} {args.steps} steps{guided_by}: {out}")
-    two_passes = guidance not in (0, 1)
-    cost = flops.sampling(model.config, args.steps, two_passes, shares.ranks, shares.guide)
+    two_passes, ranks = guidance not in (0, 1), shares.ranks
+    if guidance == 0:  # the second pass alone
+        ranks = tuple((t, min(share, shares.guide)) for t, share in ranks or ((1, 1.0),))
+    same_labels = not classes or shares.guide_class == "same"
+    cost = flops.sampling(model.config, args.steps, two_passes, ranks, shares.guide, same_labels)
     saved = 1 - cost / flops.sampling(model.config, args.steps, two_passes)
     share = f"share {shares.ranks[0][1]:.3g} of the channels, " if args.budget else ""
     print(f"{share}{flops.amount(cost)} multiply-adds an image" +

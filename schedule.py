@@ -106,10 +106,10 @@ def sampling_timesteps(n: int) -> list[int]:
 
 def share_of(share, r_max: int):
     """k = ceil(share r_max): an int for a float, int64 of its shape for a tensor. Less 1e-9 of a channel, for
-    0.07 * 100 is 7.000000000000001 in floats, whose ceiling would be 8."""
+    0.07 * 100 is 7.000000000000001 in floats, whose ceiling would be 8; but never 0."""
     if isinstance(share, torch.Tensor):
-        return torch.ceil(share * r_max - 1e-9).long()
-    return math.ceil(share * r_max - 1e-9)
+        return torch.ceil(share * r_max - 1e-9).long().clamp(min=1)
+    return max(1, math.ceil(share * r_max - 1e-9))
 
 
 Profile = tuple[tuple[int, float], ...]  # pairs (t, share): from each t on, that share of r_max
@@ -146,6 +146,8 @@ class RankSchedule:
         """Raises ValueError for an unknown profile, one whose timesteps do not rise from 1 or whose shares
         lie outside (0, 1], rho_min outside (0, 1], warm_start outside [0, 1] or a multiple below 1."""
         if isinstance(profile, tuple):
+            if not all(type(t) is int and type(share) in (int, float) for t, share in profile):
+                raise ValueError("a rank profile consists of whole timesteps and numbers as their shares")
             starts = [t for t, _ in profile]
             if starts[:1] != [1] or starts != sorted(set(starts)) or starts[-1] > T:
                 raise ValueError(f"the timesteps of a rank profile must rise from 1 and end by {T}")
@@ -213,7 +215,8 @@ def elastic_shares(n: int, rho_min: float, generator: torch.Generator | None = N
     An eighth of them uses all channels, an eighth rho_min, and the rest lies uniformly between; one draw in
     each of n equal strata, so that every batch has its large and small ones, as the sandwich rule of Yu and
     Huang (2019) asks for. Without a generator: the middles of the strata."""
-    u = torch.rand(n, dtype=torch.float64, generator=generator) if generator else 0.5
+    middles = torch.full((n,), 0.5, dtype=torch.float64)
+    u = torch.rand(n, dtype=torch.float64, generator=generator) if generator else middles
     u = (torch.arange(n - 1, -1, -1) + u) / n
     return (rho_min + (1 - rho_min) * (u - 1 / 8) * 8 / 6).clamp(rho_min, 1)
 

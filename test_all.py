@@ -66,7 +66,13 @@ NOISE = schedule.NoiseSchedule()
 AB = NOISE.alpha_bar
 GROUPS = [1, 7, 32, 111, 324, 664, 880, 961, 988, 997]  # the first timesteps of the curriculum's ten groups
 SMALL = dict(depth=2, width=32, heads=2, patch=2, image_size=8, num_classes=4, dense_mlp_blocks=0)
+ELASTIC = SMALL | dict(method="elastic", keep=1.0, rho_min=0.1)
+PEAK, LOW = ((1, 0.3), (400, 0.8), (650, 0.07)), ((1, 1.0), (5, 0.07))  # rank profiles; PEAK neither falls nor rises
+PROFILE = json.dumps(dict(zip(("t", "share"), zip(*PEAK))))
+SHARES = [sample.Shares(), sample.Shares(guide=0.25), sample.Shares(((1, 0.5),)), sample.Shares(PEAK, 0.2),
+          sample.Shares(PEAK, 0.2, "same"), sample.Shares(((1, 0.5),), 0.6, "same"), sample.Shares(LOW, 0.5)]
 ONE_BLOCK = model.PRESETS["tiny"] | dict(depth=1, width=32, heads=2)
+DISTIL = ["--method", "elastic", "--distil", "0.5"]
 QUICK = ["--dataset", "shapes", "--image-size", "8", "--batch-size", "4", "--log-every", "5", "--sample-every", "0",
          "--curriculum-share", "0.4", "--device", "cpu"]
 
@@ -166,6 +172,13 @@ def run(tmp_path_factory):
     """A finished run of six steps. Copy it before you change it."""
     folder = tmp_path_factory.mktemp("run") / "r"
     quick_training("--steps", 6, "--save-every", 4, "--out", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def elastic_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("elastic") / "r"
+    assert "rank 2..16" in quick_training("--method", "elastic", "--steps", 4, "--out", folder)
     return folder
 
 
@@ -353,13 +366,13 @@ def test_eq_6_the_cost_of_a_layer():
 
 
 @pytest.mark.parametrize("r_base", [1, 5, 10, 48, 96, 153])
-@pytest.mark.parametrize("rho_min", [0.1, 0.4, 1.0])
-def test_iso_compute(r_base, rho_min):
+@pytest.mark.parametrize("given", [dict(rho_min=0.1), {}, dict(rho_min=1.0), dict(profile=PEAK), dict(profile=LOW)], ids=str)
+def test_iso_compute(r_base, given):
     """The r_max whose Phi, averaged over the 100 sampling timesteps, is closest to r_base. 3.1"""
-    phi = RankSchedule(rho_min=rho_min)
-    average = lambda r: sum(phi.active(t, r) for t in range(10, T + 1, 10)) / 100
+    phi = RankSchedule(**given)
+    average = lambda r: phi.table(r)[10::10].sum().item() / 100
     best = schedule.iso_compute_rank(r_base, phi, 10**6)
-    assert all(abs(average(best) - r_base) <= abs(average(r) - r_base) for r in range(1, 4 * r_base + 3))
+    assert all(abs(average(best) - r_base) <= abs(average(r) - r_base) for r in range(1, 15 * r_base + 3))
     assert schedule.iso_compute_rank(r_base, phi, r_base) == r_base  # the limit, min(m, n)
 
 
@@ -583,6 +596,38 @@ def test_sampling_timesteps(n):
     assert n != 100 or visited == [*range(1000, 0, -10), 0]
 
 
+@pytest.mark.parametrize("r_max", [1, 7, 100, 136])
+@pytest.mark.parametrize("profile", [PEAK, LOW, ((1, 1),)])
+def test_a_rank_profile_of_any_shape(profile, r_max):
+    """From each t on, Phi(t) = ceil(share r_max), in exact fractions; a stage from t_low up uses their largest."""
+    phi, rounded = (RankSchedule(profile, multiple=multiple) for multiple in (1, 8))
+    share = [[share for first, share in profile if first <= max(1, t)][-1] for t in range(T + 1)]
+    expected = [math.ceil(Fraction(str(x)) * r_max) for x in share]
+    assert phi.active(torch.arange(T + 1), r_max).tolist() == [phi.active(t, r_max) for t in range(T + 1)] == expected
+    assert rounded.table(r_max).tolist() == [min(r_max, math.ceil(k / 8) * 8) for k in expected]
+    assert [phi.most(t, r_max) for t in range(T + 1)] == [max(expected[t:]) for t in range(T + 1)]
+    assert [schedule.share_at(profile, t) for t in range(1, T + 1)] == share[1:]
+    decimals = torch.cat([torch.arange(1, 1001), torch.tensor([1e-9])]).double() / 1000  # exact, but never 0
+    expected = [math.ceil(Fraction(i, 1000) * r_max) for i in range(1, 1001)] + [1]
+    assert [schedule.share_of(x, r_max) for x in decimals.tolist()] == schedule.share_of(decimals, r_max).tolist() == expected
+
+
+@pytest.mark.parametrize("n", [1, 3, 8, 64])
+def test_elastic_shares(n):
+    """Falling, one draw in each of n equal strata of a distribution that gives an eighth all channels, an eighth rho_min,
+    and the rest uniformly between. Without a generator, the middles of the strata."""
+    g, of = torch.Generator().manual_seed(0), lambda u: (0.1 + 0.9 * (u - 1 / 8) / (6 / 8)).clamp(0.1, 1)
+    draws = torch.stack([schedule.elastic_shares(n, 0.1, g) for _ in range(2000)]).flip(1)
+    strata = of((torch.arange(n).double()[:, None] + torch.linspace(0, 1, 999).double()) / n)  # (n, 999)
+    middles = schedule.elastic_shares(n, 0.1).flip(0)
+    assert draws.dtype == middles.dtype == torch.float64 and torch.allclose(middles, strata[:, 499], rtol=1e-12)
+    assert (draws >= strata[:, 0] - 1e-12).all() and (draws <= strata[:, -1] + 1e-12).all() and (draws.diff() >= 0).all()
+    assert torch.allclose(draws.mean(0), strata.mean(1), atol=0.04)
+    for end in (0.1, 1):
+        assert (draws == end).double().mean().item() == pytest.approx(1 / 8, abs=0.04)
+        assert n % 8 or ((draws == end).sum(1) == n // 8).all()
+
+
 @pytest.mark.parametrize("call, says", [
     (lambda: RankSchedule("cubic"), "cubic"), (lambda: RankSchedule(rho_min=0), "rho_min"),
     (lambda: RankSchedule(rho_min=1.1), "rho_min"), (lambda: RankSchedule(warm_start=2), "warm_start"),
@@ -698,6 +743,27 @@ def test_linear_layers_describe_the_built_model(method, more):
         else:
             assert built[name].U.shape == (layer.rank, layer.m) and built[name].V.shape == (layer.rank, layer.n)
     assert sum(p.numel() for p in net.parameters()) == model.parameter_count(config)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(conditioning="shared", dense_mlp_blocks=1)], ids=str)
+def test_an_elastic_model_holds_a_model_for_every_share(changes):
+    """Each sample masked to its first k = ceil(share r_max) channels, or sliced to them alone, is the dense model whose
+    weights are U_{1:k} V_{1:k}^T: outputs and gradients."""
+    net = awake(Config(**ELASTIC | changes))
+    (x, t, y), share = inputs(net.config, 5), schedule.elastic_shares(5, 0.1)
+    dense, weights = awake(replace(net.config, method="full")), dict(net.named_parameters())
+    low = [layer for layer in model.linear_layers(net.config) if layer.rank]
+    cut = lambda share: weights | {f"{layer.name}.weight": net.get_submodule(layer.name).weight(
+        math.ceil(share * layer.rank - 1e-9)) for layer in low}
+    one = [(x[i:i + 1], t[i:i + 1], y[i:i + 1]) for i in range(5)]
+    masked = net(x, t, y, net.active(t, share))
+    sliced = torch.cat([net(*part, net.active(int(part[1]), k)) for part, k in zip(one, share.tolist())])
+    expected = torch.cat([torch.func.functional_call(dense, cut(k), part) for part, k in zip(one, share.tolist())])
+    masked, sliced, expected = ((y, gradients(y.pow(3).sum(), *net.parameters())) for y in (masked, sliced, expected))
+    for found in (masked, sliced):
+        assert relative(found[0], expected[0]) < 1e-12 and relative(found[1], expected[1]) < 1e-12
+    for r in net.ranks:  # no more is computed than the neediest sample needs
+        assert net.active(t[2:], share[2:])[r].k == math.ceil(share[2] * r) and net.active(T, 0.1)[r].mask is None
 
 
 def test_slices_under_bfloat16_autocast():
@@ -1050,10 +1116,10 @@ def training_state(config, t_low=1, **given):
     return s, state
 
 
-def batch_of(config, t):
-    """Random images in [-1, 1], labels and noise for the timesteps t, ascending."""
+def batch_of(config, t, share=None):
+    """Random images in [-1, 1], labels and noise for the timesteps t."""
     x_0, _, y = inputs(config, len(t), seed=1)
-    return train.Batch(x_0.clamp(-1, 1), y, inputs(config, len(t), seed=2)[0], torch.tensor(t))
+    return train.Batch(x_0.clamp(-1, 1), y, inputs(config, len(t), seed=2)[0], torch.tensor(t), share)
 
 
 @contextlib.contextmanager
@@ -1080,21 +1146,43 @@ def test_sampling_is_torchs_count(method, changes):
     assert counted == [flops.one_image(config, 1)[0]] == [sum(p.size for p in flops.products(config))]
 
 
-@pytest.mark.parametrize("method", model.METHODS)
+@pytest.mark.parametrize("method", [*model.METHODS, PEAK])
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_a_training_step_is_torchs_count(method, changes):
-    """Forward, backward and penalty of train.train_step, over slices that each compute what their first t needs."""
-    config, t = Config(**SMALL | changes, method=method), [350, 600, 601, 800, T]
+    """Forward, backward and penalty of train.train_step, over slices that each compute what their neediest sample needs,
+    by its t or the share that it drew; and the teacher's pass of --distil."""
+    given = dict(rank_profile=PEAK) if method == PEAK else dict(method=method, rho_min=0.1)
+    config, t = Config(**SMALL | changes | given), [350, 600, 601, 800, T]
     s, state = training_state(config, t_low=200)
-    for slices, penalty in ((1, 0.0), (3, 0.1), (9, 0.1)):
+    elastic, share = method == "elastic", schedule.elastic_shares(5, 0.1)
+    for slices, penalty, distil in ((1, 0.0, 0.0), (3, 0.1, 1.0), (9, 0.1, 1.0), (2, 0.1, 0.0)):
+        count = lambda i, step, processes: flops.train_step(
+            config, t[i::step], slices, 200, penalty > 0, processes, *([share[i::step], distil > 0] if elastic else []))
         with multiply_adds(counted := []):
-            train.train_step(state.model, state, batch_of(config, t), replace(s, orthogonality=penalty), slices)
-        assert counted == [flops.train_step(config, t, slices, 200, penalty > 0)]
-        parts = [flops.train_step(config, t[i::2], slices, 200, penalty > 0) for i in range(2)]
-        assert flops.train_step(config, t, slices, 200, penalty > 0, processes=2) == sum(parts)
-    if config.rank_schedule():
+            batch = batch_of(config, t, share if elastic else None)
+            train.train_step(state.model, state, batch, replace(s, orthogonality=penalty, distil=distil), slices)
+        assert counted == [count(0, 1, 1)] and count(0, 1, 2) == count(0, 2, 1) + count(1, 2, 1)
+    s = replace(s, batch_size=8, distil=1.0)  # what a run is compared with: a step of its neediest t, without slices
+    more = dict(share=schedule.elastic_shares(8, 0.1), distil=True) if elastic else {}
+    whole = flops.train_step(config, [500 if method == PEAK else 1] * 8, **more)
+    assert train.Run(Path(), s, state, None, script.Processes(CPU)).masked_cost == whole
+    if str(method).startswith("iso"):
         assert flops.train_step(config, t, 3) < flops.train_step(config, t, 2) < flops.train_step(config, t, 1)
     assert flops.train_step(config, t, 10**12) == flops.train_step(config, t, 5)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(width=24, keep=0.77), dict(width=64, keep=0.5)], ids=str)
+def test_the_share_that_a_budget_pays_for(changes):
+    """The largest whose pass takes at most this part of the multiply-adds of all channels."""
+    config = Config(**ELASTIC | changes)
+    cost = lambda share: flops.one_image(config, 1, share=share)[0] / flops.one_image(config, 1)[0]
+    grid = [i / 2000 for i in range(1, 2001)]
+    for budget in [0.3 + i / 50 for i in range(36)] + [cost(i / 40) for i in range(1, 41)]:
+        share = flops.budget_share(config, budget)
+        assert cost(share) <= budget * (1 + 1e-9) and all(cost(other) > budget for other in grid if other > share), budget
+    assert flops.budget_share(config, 1) == 1
+    with pytest.raises(ValueError, match="one channel"):
+        flops.budget_share(config, cost(1e-9) - 1e-6)
 
 
 @pytest.mark.parametrize("name, method", [("tiny", "static"), ("DiT-B/4", "full"), ("DiT-XL/2", "full")])
@@ -1258,6 +1346,36 @@ def test_samplers_take_any_model_as_they_take_its_eps(predict, clip):
     assert clip or relative(x_0.double(), exact) < 1e-5
 
 
+@pytest.mark.parametrize("shares", SHARES, ids=str)
+def test_guidance_of_two_ranks(shares):
+    """out_2 + w (out_1 - out_2), each pass with channels of its own: the second one's never exceed the first one's. A
+    pass without weight, or like the other, is left out; at equal ranks both run as one batch."""
+    net, x, none = awake(Config(**ELASTIC)), inputs(Config(**ELASTIC), 3)[0], torch.full((3,), 4)
+    first = [share for start, share in shares.ranks or ((1, 1.0),) if start <= 800][-1]
+    second = min(first, shares.guide)
+    of = lambda y, share: net(x, torch.full((3,), 800), y, {r: Channels(math.ceil(share * r)) for r in net.ranks})
+    for labels, w in itertools.product((torch.tensor([0, 1, 0]), None), (0.0, 1.0, 2.0, -0.5)):
+        y, seen = none if labels is None else labels, []
+        told = y if shares.guide_class == "same" else none
+        with net.blocks[0].register_forward_hook(lambda _, arguments, out: seen.append(len(out))):
+            found = sample.guided(net, labels, w, shares)(x, 800)
+        out_1, out_2 = of(y, first), of(told, second)
+        assert relative(found, (out_2 + w * (out_1 - out_2)).float()) < 1e-5
+        both = w not in (0, 1) and not (second == first and y.equal(told))
+        assert seen == ([3] if not both else [6] if second == first else [3, 3])
+
+
+def test_an_elastic_model_at_one_share_is_a_smaller_model():
+    """DDIM and DDPM at share s draw what the model without its other channels draws."""
+    net = awake(Config(**ELASTIC))
+    small, (x, _, _), y = copy.deepcopy(net), inputs(net.config, 2), torch.tensor([1, 3])
+    for layer in lowrank.low_rank_layers(small):
+        layer.U.data[math.ceil(0.3 * layer.rank):] = 0
+    for sampler, more in ((sample.ddim, {}), (sample.ddpm, {"noise": lambda: x.flip(0)})):
+        found = list(sampler(net, x, 6, y, 2.0, shares=sample.Shares(((1, 0.3),)), **more))
+        assert relative(found, list(sampler(small, x, 6, y, 2.0, **more))) < 1e-5
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_an_image_does_not_depend_on_its_batch(sampler):
     """One seed per image: image i starts from the same noise, and in DDPM meets the same noise, in any batch."""
@@ -1323,11 +1441,41 @@ def test_a_checkpoint_of_other_things_is_refused_unopened(write, tmp_path, monke
     (["--steps", 1001], "1 to 1000"), (["--seed", -1], "seed"), (["--seed", 2**64], "seed"), (["--first", -1], "first"),
     (["--guidance", "two"], "guidance"), (["--guidance", "nan"], "finite"), (["--sampler", "euler"], "ddim"),
     (["--steps", "1e3"], "whole number"), (["--device", "tpu"], "tpu"), (["--dtype", "int8"], "int8"),
-    (["--batch-size", -3], "at least 1"), (["--out", "x.jpg"], "FILE.png")], ids=str)
-def test_sample_script_refuses(run, arguments, says):
-    before = sorted(run.rglob("*"))
-    refuses(sample, "--run", run, *arguments, says=says)
-    assert sorted(run.rglob("*")) == before
+    (["--batch-size", -3], "at least 1"), (["--out", "x.jpg"], "FILE.png"),
+    *((["--budget", budget], "--budget") for budget in (0, 2, "nan", "x")), (["--budget", 0.01], ("smallest", "0.1,")),
+    (["--budget", 0.5, "--ranks", "p.json"], "not allowed with"), (["--ranks", "p.json"], "share 0.07 was not trained"),
+    *((["--ranks", name], ("--ranks" if name in schedule.PROFILES else "JSON")) for name in ("linear", "", "none.json", ".")),
+    *((["--guide-share", share], "0.1 to 1") for share in (0, 0.05, 1.5, "nan")), (["--guide-class", "any"], "any"),
+    (["--guide-class", "same"], "give a --guide-share"),
+    (["--budget", 0.5, "--guide-share", 0.9, "--guide-class", "same"], "give a --guide-share")], ids=str)
+def test_sample_script_refuses(elastic_run, run, arguments, says, tmp_path, monkeypatch):
+    """In a line, with nothing written: also shares that were not trained, and any at all of a run that is not elastic."""
+    monkeypatch.chdir(tmp_path)
+    Path("p.json").write_text(PROFILE)
+    before = sorted(elastic_run.rglob("*"))
+    refuses(sample, "--run", elastic_run, *arguments, says=says)
+    shares = len(arguments) == 2 and "x" not in arguments and arguments[0] in ("--budget", "--ranks", "--guide-share")
+    refuses(sample, "--run", run, *arguments, says="take a run of --method elastic" if shares else "")
+    assert sorted(elastic_run.rglob("*")) == before and os.listdir() == ["p.json"]
+
+
+@pytest.mark.parametrize("arguments, says", [
+    ([], ""), (["--budget", 0.5], "share 0.36 of"), (["--budget", 1], "share 1 of"), (["--ranks", "p.json"], ""),
+    (["--guide-share", 0.25], ""), (["--guide-share", 0.25, "--guide-class", "same"], ""),
+    (["--ranks", "p.json", "--guide-share", 0.4, "--guide-class", "same"], ""), (["--guide-share", 0.25, "--guidance", 0], ""),
+    (["--budget", 0.5, "--guide-share", 0.9, "--sampler", "ddpm"], ""), (["--guide-share", 0.25, "--guidance", 1], ""),
+    (["--budget", "least"], "share 0.1")], ids=str)
+def test_sample_script_at_any_share(elastic_run, arguments, says, tmp_path, monkeypatch):
+    """It prints the multiply-adds that torch counts, and what is saved; the least budget is the one that it names."""
+    if "least" in arguments:
+        arguments = ["--budget", cli(sample, "--run", elastic_run, "--budget", 0.01)[2].split("takes ")[1].split()[0]]
+    monkeypatch.chdir(tmp_path)
+    Path("p.json").write_text(PROFILE.replace("0.07", "0.1"))
+    with multiply_adds(counted := []):
+        out = done(sample, "--run", elastic_run, "--num", 1, "--steps", 3, *arguments, "--out", "x.png").splitlines()[-1]
+    assert f"{flops.amount(*counted)} multiply-adds an image" in out and says in out
+    full = flops.sampling(sample.load_model(elastic_run, CPU)[0].config, 3, "--guidance" not in arguments)
+    assert (f", {1 - counted[0] / full:.1%} less than" in out) == (counted[0] < full)
 
 
 def test_sample_script_refuses_files_that_are_no_runs(run, tmp_path, monkeypatch):
@@ -1410,30 +1558,64 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 # train.py
 
 
-@pytest.mark.parametrize("predict", PREDICTIONS)
-def test_a_step_of_one_or_more_slices(predict):
-    """--slices N: the gradient of the mean of w(t) |error|^2 over the batch, and of the penalty over the Phi(t_low)
-    channels of the stage, whatever batch and slices need; it returns the unweighted losses. All other channels get a
-    gradient of exactly zero: with momentum from a rounding, AdamW would move them."""
-    config = Config(**SMALL, predict=predict)
-    s, state = training_state(config, 300, weighting="p2", orthogonality=0.1)
-    before, batch = copy.deepcopy(state.model), batch_of(config, [700, 720, 800, 801, 950, 990, T])
-    losses = train.denoising_loss(before, before, batch)
-    weights = schedule.loss_weight("p2", NOISE, predict, Curriculum([300], T, 1).probabilities())[batch.t]
-    loss = (weights * losses).mean() + 0.1 * lowrank.orthogonality_penalty(before, before.active(300))
-    expected = gradients(loss, *before.parameters())
+@pytest.mark.parametrize("predict, given, distil", [
+    *((predict, {}, 0.0) for predict in PREDICTIONS), ("v", dict(rank_profile=PEAK), 0.0), ("eps", ELASTIC, 0.0),
+    ("v", ELASTIC, 0.7)], ids=str)
+def test_a_step_of_one_or_more_slices(predict, given, distil):
+    """--slices N: the gradient of the mean of w(t) |error|^2 over the batch, and of the penalty over the channels that the
+    stage uses from t_low up, whatever batch and slices need; it returns the unweighted losses. All other channels get a
+    gradient of exactly zero: with momentum from a rounding, AdamW would move them. --distil W adds W |difference|^2 to
+    what the model itself says with all its channels, which is given: no gradient goes there."""
+    config = Config(**SMALL | given, predict=predict)
+    s, state = training_state(config, 300, weighting="p2", orthogonality=0.1, distil=distil)
+    before, share = copy.deepcopy(state.model), schedule.elastic_shares(7, 0.1) if config.method == "elastic" else None
+    batch, phi = batch_of(config, [700, 720, 800, 801, 950, 990, T], share), config.rank_schedule()
+    most = {r: int(phi.table(r)[300:].max()) if phi else r for r in before.ranks}
+    amplitudes, t, losses, error = NOISE.coefficients(batch.t), batch.t, [], 0
+    x_t = schedule.add_noise(batch.x_0, batch.eps, *amplitudes)
+    target = schedule.target(predict, batch.x_0, batch.eps, *amplitudes)
+    weights = schedule.loss_weight("p2", NOISE, predict, Curriculum([300], T, 1).probabilities())[t]
+    for i in range(7):  # naively, sample by sample
+        k = {r: Channels(phi.active(int(t[i]), r) if phi else math.ceil(share[i] * r)) for r in before.ranks}
+        answer, full = (before(x_t[i:i + 1], t[i:i + 1], batch.y[i:i + 1], k) for k in (k, {r: Channels(r) for r in k}))
+        losses.append((answer - target[i]).square().mean())
+        error = error + weights[i] * (losses[i] + distil * (answer - full.detach()).square().mean()) / 7
+    loss = error + 0.1 * lowrank.orthogonality_penalty(before, {r: Channels(k) for r, k in most.items()})
+    expected, losses = gradients(loss, *before.parameters()), torch.stack(losses)
     layers = list(zip(lowrank.low_rank_layers(state.model), lowrank.low_rank_layers(before)))
-    for n in (1, 2, 3, 9):
+    for n in (1, 2, 3, 5, 9):
         state.model.load_state_dict(before.state_dict())
         assert relative(train.train_step(state.model, state, batch, s, n), losses) < 1e-6
         steps = [old - new for old, new in zip(before.parameters(), state.model.parameters())]
         assert relative(steps, expected) < 1e-6  # losses are float32
         for layer, old in layers:
-            low, high = (config.rank_schedule().active(t, layer.rank) for t in (300, 700))
+            low, high = most[layer.rank], phi.active(700, layer.rank) if phi else 0
             assert torch.equal(layer.U[low:], old.U[low:]) and not torch.equal(layer.U[high:low], old.U[high:low])
     state.ema = copy.deepcopy(before).requires_grad_(False)
     train.update_ema(state, s)
     assert not any(p.grad_fn for p in state.ema.parameters())  # or every step would leave a piece of graph behind
+
+
+@pytest.mark.parametrize("given", [{}, dict(rank_profile=PEAK), ELASTIC], ids=str)
+def test_a_batch_comes_by_falling_rank(given):
+    """Its timesteps are those that the curriculum draws: ascending for the paper's Phi, by falling Phi(t) for any other.
+    Of an elastic model's shares they are independent: whatever the rank of a sample, its t is spread as all t are."""
+    config, dataset, draws = Config(**SMALL | given), data.load("shapes", image_size=8), []
+    s, state = training_state(config, t_low=100)
+    for state.step in range(200 if given is ELASTIC else 9):
+        g = torch.Generator().set_state(state.host_rng.get_state())
+        expected = state.curriculum.sample(64, g)
+        batch, t, share = train.draw_batch(dataset, state, s, slice(1, None, 2))
+        assert torch.equal(t.sort().values, expected) and torch.equal(batch.t, t[1::2]) and len(batch.x_0) == 32
+        if given is ELASTIC:
+            assert torch.equal(t, expected[torch.randperm(64, generator=g)]) and torch.equal(batch.share, share[1::2])
+            assert torch.equal(share, schedule.elastic_shares(64, 0.1, g)) and (share.diff() <= 0).all()
+            draws.append(t.double())
+        else:
+            phi = config.rank_schedule().active(t, max(state.model.ranks))
+            assert share is batch.share is None and (phi.diff() <= 0).all() and (given or torch.equal(t, expected))
+    # the mean of 200 timesteps, which are uniform from 100 on, has a spread of 18
+    assert not draws or (torch.stack(draws).mean(0) - 550).abs().max() < 95
 
 
 @pytest.mark.parametrize("predict", PREDICTIONS)
@@ -1514,12 +1696,19 @@ train.draw_batch = lambda data, state, *rest: os.kill(os.getpid(), 9) if state.s
 train.run_script(train.main)"""
 
 
-@pytest.mark.parametrize("killed_at", [7, 17])
-def test_a_killed_run_resumes_bit_identically(killed_at, thirty_steps, tmp_path):
+@pytest.mark.parametrize("killed_at, more", [(7, []), (17, []), (17, DISTIL)], ids=str)
+def test_a_killed_run_resumes_bit_identically(killed_at, more, thirty_steps, tmp_path):
     """30 steps straight; and a kill before the first save at step 13, or after it, between log lines. Weights, EMA,
     optimiser, generators, curriculum and log agree to the last bit. --slices may change, for bits only to 1."""
-    folder = tmp_path / "r"
-    arguments = [str(killed_at), *QUICK, "--steps", "30", "--save-every", "13", "--out", str(folder)]
+    folder, straight = tmp_path / "r", tmp_path / "straight" if more else thirty_steps[0]
+    if more:
+        quick_training("--steps", 30, *more, "--out", straight)
+        (config, *_), spent, g = train.read_config(straight), 0, torch.Generator().manual_seed(0)
+        for _ in range(30):
+            torch.rand(4, dtype=torch.float64, generator=g), torch.randperm(4, generator=g)  # t and its order
+            spent += flops.train_step(config, [1] * 4, share=schedule.elastic_shares(4, 0.1, g), distil=True)
+        assert log_of(straight)[-1]["flops"] == spent
+    arguments = [str(killed_at), *QUICK, "--steps", "30", "--save-every", "13", *more, "--out", str(folder)]
     killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=HERE, capture_output=True)
     assert killed.returncode == -SIGKILL, killed.stderr
     (folder / ".state.pt.1.tmp").touch()  # what a kill during a write leaves
@@ -1527,9 +1716,9 @@ def test_a_killed_run_resumes_bit_identically(killed_at, thirty_steps, tmp_path)
         file.write('{"step": 29, "lo')  # half a line
     out = quick_training("--resume", "--out", folder, "--slices", 1)
     assert ("going on after step 13" in out) == (killed_at == 17)
-    same_state(thirty_steps[0], folder)
+    same_state(straight, folder)
     timeless = lambda folder: [{k: v for k, v in line.items() if k != "images_per_s"} for line in log_of(folder)]
-    assert timeless(folder) == timeless(thirty_steps[0]) and not list(folder.glob(".*.tmp"))
+    assert timeless(folder) == timeless(straight) and not list(folder.glob(".*.tmp"))
 
 
 def test_a_second_training_is_refused_and_ctrl_c_saves_the_first(tmp_path):
@@ -1606,11 +1795,17 @@ def test_images_without_classes(tmp_path):
     ("--curriculum-groups 0 --curriculum-alpha 0.5 --curriculum-sampling uniform --no-restart",
      "curriculum-alpha curriculum-sampling restart curriculum-share"),
     ("--dataset x.npz --label-dropout 0.5 --guidance 1", "label-dropout guidance"),
+    ("--method elastic --rank-profile p.json --rho-min 0.3 --warm-start 0 --rank-multiple 2 --slices 2 --distil 1",
+     "rank-profile warm-start rank-multiple curriculum-share"),
+    ("--method static --rank-profile p.json --rho-min 0.3 --warm-start 0 --distil 1",
+     "rank-profile rho-min warm-start distil curriculum-share"),
+    ("--rank-profile p.json --rho-min 0.3 --warm-start 0 --rank-multiple 2", "rho-min warm-start"),
     ("--keep 0.3 --rho-min 0.9 --dense-mlp-blocks 1 --orthogonality 1 --rank-profile linear --warm-start 0 --slices 2 "
      "--rank-multiple 2 --factorise all --curriculum-alpha 0.5 --no-restart --label-dropout 0.5 --guidance 1", "")])
 def test_flags_without_effect_are_named(arguments, without_effect, tmp_path, monkeypatch):
     """One note each (QUICK gives --curriculum-share); flags that do something cost no words. Every method trains."""
     monkeypatch.chdir(tmp_path)
+    Path("p.json").write_text(PROFILE)
     images_of_nothing(tmp_path / "x.npz")
     out = quick_training("--model", "tiny", "--steps", 1, *arguments.split(), "--out", "r")
     notes = [line for line in out.splitlines() if line.startswith("note:")]
@@ -1677,6 +1872,34 @@ def test_train_script_keeps_a_run_that_is_there(run):
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 
+NO_PROFILES = ["{", "[]", "3", '{"t": [1]}', '{"t": [1, 9], "share": [1]}', '{"t": [], "share": []}', "[" * 100_000] + [
+    f'{{"t": {t}, "share": {share}}}' for t, share in [
+        *(("[1]", f"[{share}]") for share in (0, 1.1, -0.5, "NaN", "1e999", 10**50, '"1"', "true", "null", "[1]", "[[1]]")),
+        *((f"[1, {t}]", "[1, 0.5]") for t in (1, 0, 1001, 10**30, 34.5, "NaN", '"34"', "null", "[34]")),
+        ("[2]", "[1]"), ("[1, 9, 8]", "[1, 1, 1]"), ('"12"', "[1, 1]"), ("1", "1"), ("[[1]]", "[1]")]]
+
+
+def test_a_rank_profile_from_a_file(tmp_path, monkeypatch):
+    """Kept in config.json and model.pt, logged by stage; a run goes on with the same one alone. What is none is refused in
+    a line, before anything is written."""
+    monkeypatch.chdir(tmp_path)
+    Path("p.json").write_text(PROFILE), Path("other.json").write_text('{"t": [1], "share": [0.5]}'), os.mkdir("d")
+    quick_training("--rank-profile", "p.json", "--curriculum-groups", 3, "--steps", 12, "--log-every", 1, "--out", "r")
+    config, *_ = train.read_config(Path("r"))
+    assert config.rank_profile == PEAK and {config: 1}[sample.load_model(Path("r"), CPU)[0].config]
+    phi, log = config.rank_schedule().table(max(layer.rank or 0 for layer in model.linear_layers(config))), log_of(Path("r"))
+    assert [line["active_rank"] for line in log] == [int(phi[line["t_low"]:].max()) for line in log]
+    resume = ["--resume", "--out", "r", "--steps", 13, "--rank-profile"]
+    refuses(train, *resume, "other.json", says=("--rank-profile ((1, 0.5),) (the run has ((1, 0.3), (400", "new run"))
+    refuses(train, *resume, "linear", says="--rank-profile linear")
+    assert "after step 12" in done(train, *resume, "p.json")
+    for content in (*NO_PROFILES, "\xff", "d", "nowhere.json", "cubic"):
+        name = content if content in ("d", "nowhere.json", "cubic") else "p.json"
+        Path("p.json").write_bytes(content.encode("latin-1"))
+        refuses(train, *QUICK, "--steps", 1, "--out", "s", "--rank-profile", name, says=(name, "logistic"))
+    assert sorted(os.listdir()) == ["d", "other.json", "p.json", "r"]
+
+
 def test_what_a_kill_leaves_is_made_good(run, tmp_path):
     """model.pt is written before state.pt: an older state writes both again. A picture that is missing is drawn."""
     shutil.copytree(run, tmp_path / "r")
@@ -1687,6 +1910,10 @@ def test_what_a_kill_leaves_is_made_good(run, tmp_path):
     done(train, "--resume", "--sample-every", 5, "--out", tmp_path / "r")
     assert (tmp_path / "r" / "samples" / "final.png").exists()
     same_state(run, tmp_path / "r")
+    config, state = json.loads((run / "config.json").read_text()), saved(run)
+    del config["train"]["distil"], state["settings"]["distil"]  # an older version did not have this flag
+    (tmp_path / "r" / "config.json").write_text(json.dumps(config)), torch.save(state, tmp_path / "r" / "state.pt")
+    assert "after step 6" in done(train, "--resume", "--steps", 7, "--out", tmp_path / "r")
 
 
 def test_resume_refuses_what_does_not_belong_together(run, tmp_path):
@@ -1754,10 +1981,11 @@ def test_an_optimiser_state_from_another_device_fits_a_fused_optimiser(run):
     assert state.optimizer.param_groups[0]["fused"] and state.step == 6
 
 
-def test_two_processes_take_the_steps_of_one(tmp_path):
+@pytest.mark.parametrize("more", [[], DISTIL], ids=str)
+def test_two_processes_take_the_steps_of_one(more, tmp_path):
     """--batch-size is the global batch: timesteps, noise, flips and dropped labels are those of one process, the
     curriculum watches the loss of all, process 0 writes, and a resumed run may have another number of both."""
-    common = [*QUICK, "--batch-size", 8, "--log-every", 3, "--seed", 3, "--slices", 2, "--steps", 12]
+    common = [*QUICK, "--batch-size", 8, "--log-every", 3, "--seed", 3, "--slices", 2, "--steps", 12, *more]
     done(train, *common, "--out", tmp_path / "one")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
     two = subprocess.run([*torchrun, *map(str, common), "--save-every", "8", "--out", str(tmp_path / "two")], cwd=HERE,

@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
     if processes.count > 1:  # averages the gradients; all weights are alike from the start
         net = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
     slices = s.slices or (6 if s.model != "tiny" and device.type == "cpu" else 1)
-    mine = slice(processes.number, None, processes.count)  # with t ascending, as much work as the others'
+    mine = slice(processes.number, None, processes.count)  # by falling rank: as much work as the others'
     log, stop, stopping = Log(run), Stop(), False
 
     while state.step < s.steps and not stopping:
@@ -330,8 +330,11 @@ class Run(NamedTuple):
     @property
     def masked_cost(self) -> int:
         """Multiply-adds of a step without slices or a curriculum."""
-        t, penalty = [1] * self.s.batch_size, self.s.orthogonality > 0
-        return flops.train_step(self.state.model.config, t, 1, 1, penalty, self.processes.count)
+        (_, s, state, _, processes), config = self, self.state.model.config
+        most = max(range(1, T + 1), key=lambda t: sum(flops.channels(config, t).values()))
+        share = elastic_shares(s.batch_size, config.rho_min) if config.method == "elastic" else None
+        return flops.train_step(config, [most] * s.batch_size, 1, 1, s.orthogonality > 0, processes.count,
+                                share, share is not None and s.distil > 0)
 
 
 def save(run: Run) -> None:
@@ -353,7 +356,8 @@ def save(run: Run) -> None:
 def load(path: Path, s: Settings, state: State, processes: Processes) -> None:
     """Raises InputError if the file is damaged or of another run."""
     saved = read_checkpoint(path, (*vars(state), "device", "settings"))
-    if saved["settings"] != fixed_settings(s):
+    settings = saved["settings"]  # those that an older version does not have are at their defaults
+    if not isinstance(settings, dict) or fixed_settings(Settings()) | settings != fixed_settings(s):
         raise InputError(f"{path} belongs to a run with other settings than its config.json")
     try:
         state.load_state_dict(saved, processes)
@@ -539,7 +543,8 @@ def print_summary(run: Run, given: dict, dtype: torch.dtype) -> None:
             (config.rank_schedule() is None, "rank_profile warm_start rank_multiple",
              f"--method {config.method} has no rank schedule"),
             (config.method in ("full", "static"), "rho_min slices", "every sample uses all channels"),
-            (isinstance(config.rank_profile, tuple), "rho_min warm_start", "the rank profile says it all"),
+            (config.rank_schedule() and isinstance(config.rank_profile, tuple), "rho_min warm_start",
+             "the rank profile says it all"),
             (s.curriculum_groups <= 1, "curriculum_share curriculum_alpha curriculum_sampling restart",
              "there is no curriculum"),
             (not dataset.classes, "label_dropout guidance", "the images have no classes")):
