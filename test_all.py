@@ -1700,7 +1700,7 @@ def test_resume_refuses_what_does_not_belong_together(run, tmp_path):
             ("train", "flip", 1, "--flip"), ("train", "dataset", ["x"], "--dataset"), ("train", "model", {}, "--model"),
             ("train", "seed", None, "--seed"), ("train", "batch_size", 0, "--batch-size"), ("train", "bell", 1, "bell"),
             ("train", "dtype", "int", "--dtype"), ("train", "curriculum_groups", None, "config.json"),
-            ("train", "curriculum_groups", 3, "state.pt"), ("train", "rank_execution", "mask", ("older", "--slices")),
+            ("train", "curriculum_groups", 3, "state.pt"),
             ("model", "method", ["full"], "--method"), ("model", "width", 10**30, "--width")):
         (folder / "config.json").write_text(json.dumps(config | {part: config[part] | {name: value}}))
         refuses(train, "--resume", "--out", folder, says=says)
