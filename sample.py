@@ -11,7 +11,7 @@ low-rank layer multiplies by its first Phi(t) channels only. Read schedule.py an
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,8 +25,8 @@ from data import IMAGE_ENDINGS, to_uint8
 from model import Config, DiT, read_profile
 from schedule import T, NoiseSchedule, Profile, predicted_x_0_and_eps, sampling_timesteps, share_at
 from script import (DEVICES, DTYPES, InputError, Parser, add_flags, check_fields, duration, end_progress,
-                    one_line, pick_device, pick_dtype, read_checkpoint, run_script, setting, show_progress,
-                    write_then_rename)
+                    newest_run, one_line, pick_device, pick_dtype, read_checkpoint, run_script, setting,
+                    show_progress, write_then_rename)
 
 # ----------------------------------------------------------------------------------------------------
 # From the model to x_0 and eps
@@ -217,6 +217,19 @@ def save_grid(path: Path, images: torch.Tensor, columns: int) -> None:
     save_png(path, make_grid(images, nrow=columns, padding=2))
 
 
+def draw_grid(path: Path, model: DiT, classes: int, guidance: float) -> None:
+    """100 images of all classes in turn as one PNG: how a model is doing."""
+    images, _ = draw_images(model, range(100), range(classes), guidance=guidance)
+    save_grid(path, images, grid_columns(classes))
+
+
+def save_model(path: Path, model: DiT, classes: list[str], guidance: float, step: int) -> None:
+    """Writes what `load_model` reads. guidance: the default of its samples; step: how long it has trained."""
+    state = dict(config=asdict(model.config), model=model.state_dict(), classes=classes, guidance=guidance,
+                 step=step)
+    write_then_rename(path, lambda file: torch.save(state, file))
+
+
 def load_model(run: Path, device: torch.device, file: str = "model.pt") -> tuple[DiT, dict]:
     """The EMA model of a run in evaluation mode, and the rest of its model.pt, or of another such `file`.
     Raises InputError."""
@@ -231,14 +244,6 @@ def load_model(run: Path, device: torch.device, file: str = "model.pt") -> tuple
     except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         raise InputError(f"{path} does not describe a model: {one_line(error)}") from None
     return model.to(device).eval().requires_grad_(False), state
-
-
-def newest_run(folder: str = "runs", file: str = "model.pt") -> Path:
-    """The run under `folder` whose `file` was written last. Raises InputError if there is none."""
-    files = sorted(Path(folder).glob(f"*/{file}"), key=lambda p: p.stat().st_mtime)
-    if not files:
-        raise InputError(f"no run under {folder}/; train one with `python train.py`, or name one")
-    return files[-1].parent
 
 
 def choose_classes(text: str, names: list[str]) -> list[int]:
@@ -285,8 +290,8 @@ class Options:
                                "comes from the smaller share alone", choices=("none", "same"))
     clip: bool = setting(True, "clip predicted images to [-1, 1] at every step")
     seed: int = setting(0, "of the noise", low=0)
-    out: str | None = setting(None, "a grid, an array for fid.py, or a folder of PNGs (default: a grid in the "
-                              "run's samples/)", metavar="FILE.png|FILE.npz|DIR")
+    out: str | None = setting(None, "a grid, an array for fid.py, or a folder of PNGs (default: a grid in "
+                              "the run's samples/)", metavar="FILE.png|FILE.npz|DIR")
     batch_size: int | None = setting(None, "images at a time (default 100 on a CPU, else 500)", low=1)
     device: str = setting("auto", "where to draw", choices=DEVICES)
     dtype: str | None = setting(None, "of matrix products (default bfloat16 on CUDA)", choices=DTYPES)

@@ -1468,7 +1468,7 @@ def test_losses_and_multiply_adds_of_the_log(predict, tmp_path, monkeypatch):
         for (first, end), loss in zip(itertools.pairwise([1, 34, 359, 901, 991, T + 1]), line["loss_by_group"]):
             inside = of_eps[(first <= t) & (t < end)]
             assert loss == (pytest.approx(inside.mean().item()) if len(inside) else None)
-    config, _, _ = train.read_config(tmp_path / "r")
+    config, _ = train.read_config(tmp_path / "r")
     assert log[-1]["flops"] == sum(flops.train_step(config, t.tolist(), 2, t_low) for t, _, t_low in steps)
 
 
@@ -1561,7 +1561,7 @@ def test_the_log(thirty_steps):
     """Stage, range, active rank, learning rate, five loss groups (null where empty). No sample grid before all groups
     are in: it is drawn through all timesteps. AdamW's state is no older than the last group, C.3.4."""
     folder, out = thirty_steps
-    log, (config, s, _) = log_of(folder), train.read_config(folder)
+    log, (config, s) = log_of(folder), train.read_config(folder)
     assert [line["step"] for line in log] == [5, 10, 15, 20, 25, 30]
     assert log[0]["loss_by_group"][:2] == [None] * 2 and log[0]["loss_by_group"][4] > 0 and log[0]["stage"] >= 1
     assert (log[-1]["stage"], log[-1]["t_low"], log[-1]["t_high"]) == (9, 1, T) and log[-1]["loss_by_group"][2] > 0
@@ -1591,12 +1591,12 @@ def test_images_without_classes(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(model.PRESETS, "tiny", ONE_BLOCK)
         done(train, *training, "--sample-every", 0, "--device", "cpu", "--out", folder)
-    config, s, _ = train.read_config(folder)
+    config, s = train.read_config(folder)
     assert config.num_classes == 0 and s.image_size is None
     out = done(sample, "--run", folder, "--num", 2, "--steps", 2, "--guidance", 3, "--out", tmp_path / "x.png")
     assert "note: --guidance has no effect" in out and "guidance 3" not in out and (tmp_path / "x.png").exists()
     refuses(sample, "--run", folder, "--classes", "0", says="without classes")
-    refuses(train, "--resume", "--out", folder, "--image-size", 16, says="--image-size 16 (the run has 8)")
+    refuses(train, "--resume", "--out", folder, "--image-size", 16, says="leave --image-size out")
     assert "after step 2" in done(train, "--resume", "--out", folder, "--steps", 3, "--image-size", 8)
 
 
@@ -1672,9 +1672,10 @@ def test_train_script_refuses_images_and_batches_that_it_cannot_use(tmp_path, mo
 def test_train_script_keeps_a_run_that_is_there(run):
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     refuses(train, "--out", run, says=("already holds a run", "--resume"))
+    refuses(train, "--resume", "--out", run / "none", says="does not exist")
     resume = ["--resume", "--out", run]
-    refuses(train, *resume, "--keep", 0.5, "--seed", 3, says=("--keep 0.5 (the run has 0.25)", "--seed 3"))
-    refuses(train, *resume, "--predict", "eps", says="--predict eps (the run has v)")
+    refuses(train, *resume, "--keep", 0.5, "--seed", 3, says=("keep 0.5 (the run has 0.25)", "seed 3"))
+    refuses(train, *resume, "--predict", "eps", says="predict eps (the run has v)")
     refuses(train, *resume, "--steps", 5, says="trained 6 steps")
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
@@ -1695,7 +1696,7 @@ def test_resume_refuses_what_does_not_belong_together(run, tmp_path):
     """Other data, another run's state, half a state; and a config.json with anything where a word or number belongs."""
     folder = tmp_path / "r"
     shutil.copytree(run, folder)
-    refuses(train, "--resume", "--out", folder, *images_of_nothing(tmp_path / "x.npz")[:4], says="must be the same")
+    refuses(train, "--resume", "--out", folder, *images_of_nothing(tmp_path / "x.npz")[:4], says="n_images 12 (the run has 20000)")
     config = json.loads((run / "config.json").read_text())
     for part, name, value, says in (
             ("train", "lr", "fast", "--lr"), ("train", "lr", 10**30, "--lr"), ("train", "steps", 10**30, "--steps"),
@@ -1707,7 +1708,7 @@ def test_resume_refuses_what_does_not_belong_together(run, tmp_path):
         (folder / "config.json").write_text(json.dumps(config | {part: config[part] | {name: value}}))
         refuses(train, "--resume", "--out", folder, says=says)
     for text in ("{", "[1, 2]", '"x"', "null", json.dumps(config | {"train": [1]}), json.dumps(config | {"model": "x"}),
-                 json.dumps({k: v for k, v in config.items() if k != "classes"}), "[" * 100_000):
+                 json.dumps({k: v for k, v in config.items() if k != "model"}), "[" * 100_000):
         (folder / "config.json").write_text(text)
         refuses(train, "--resume", "--out", folder, says="config.json is not a run's settings")
     (folder / "config.json").write_text(json.dumps(config))
@@ -1745,7 +1746,7 @@ def test_files_changed_at_random_cost_at_most_a_line(seed, run, tmp_path):
 def test_an_optimiser_state_from_another_device_fits_a_fused_optimiser(run):
     """The fused kernels want step counts where the weights are: a state that says fused=False, as one from MPS does, is
     loaded as this device's own. Here the device is "meta"."""
-    (config, s, _), theirs = train.read_config(run), saved(run)
+    (config, s), theirs = train.read_config(run), saved(run)
     state = train.State(s, config, CPU)
     theirs["optimizer"]["param_groups"][0]["fused"] = False
     state.optimizer = torch.optim.AdamW([p.detach().to("meta").requires_grad_() for p in state.model.parameters()])
@@ -1766,7 +1767,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
                          text=True, capture_output=True)
     assert two.returncode == 0 and two.stdout.count("done,") == 1, two.stderr
     a, b = (saved(tmp_path / name) for name in ("one", "two"))
-    config, s, _ = train.read_config(tmp_path / "one")
+    config, s = train.read_config(tmp_path / "one")
     start = train.State(s, config, CPU).model.state_dict()
     moved = lambda x, y: torch.cat([(x[name] - y[name]).flatten() for name in start]).norm()
     assert moved(b["model"], a["model"]) < 1e-2 * moved(a["model"], start)

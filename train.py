@@ -19,7 +19,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,15 +28,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 import flops
 from curriculum import Curriculum, cluster_timesteps, speed, uniform
-from data import DATASETS, Dataset, Source, batch_indices, decode, open_source, to_unit
+from data import DATASETS, Dataset, batch_indices, decode, open_source, to_unit
 from lowrank import orthogonality_penalty
 from model import PRESETS, SIZES, Config, DiT, preset_config, summary
-from sample import draw_images, grid_columns, newest_run, save_grid
+from sample import draw_grid, save_model
 from schedule import (WEIGHTINGS, T, NoiseSchedule, add_noise, elastic_shares, eps_loss_factor, loss_weight,
                       target)
 from script import (DEVICES, DTYPES, InputError, Parser, Processes, Stop, add_flags, check_fields,
-                    claim_folder, duration, end_progress, flag, numbered_folder, one_line, pick_device,
-                    pick_dtype, read_checkpoint, run_script, setting, show_progress, to_device,
+                    duration, end_progress, find_run, flag, numbered_folder, one_line, pick_device,
+                    pick_dtype, read_checkpoint, run_script, setting, show_progress, start_run, to_device,
                     write_then_rename)
 
 # ----------------------------------------------------------------------------------------------------
@@ -68,8 +68,7 @@ class Settings:
     restart: bool = setting(True, "fresh optimiser state and learning rate with each group (C.3.4)")
     timesteps: str = setting("uniform", "how t is drawn; stratified: each batch over all noise levels",
                              choices=("uniform", "stratified", "speed", "speed-stratified"))
-    distil: float = setting(0.0, "elastic: weight of the squared difference to the full-rank prediction",
-                            low=0)
+    distil: float = setting(0.0, "elastic: weight of the error against the full-rank prediction", low=0)
     weighting: str = setting("none", "of the loss along t, with mean 1", choices=WEIGHTINGS)
     seed: int = setting(0, "of weights, data order, noise, timesteps and drawn shapes", low=0, high=2**31)
     slices: int | None = setting(None, "parts of a batch that compute only the channels they need; same "
@@ -89,10 +88,9 @@ class Settings:
 TINY = dict(steps=3000, batch_size=64, lr=2e-3, warmup=100, ema_decay=0.998, curriculum_share=0.2,
             log_every=20, save_every=500)
 
-# What a resumed run may be told anew; everything else would make it another run. (That a dataset which has
-# moved still holds the same images and classes is checked.)
-MAY_CHANGE = {"dataset", "data_dir", "steps", "lr", "device", "dtype", "compile", "save_every", "guidance",
-              "sample_every", "slices"}
+# What a resumed run may be told anew; everything else would make it another run (`Run.identity`)
+MAY_CHANGE = {"dataset", "data_dir", "image_size", "steps", "lr", "device", "dtype", "compile", "save_every",
+              "guidance", "sample_every", "slices"}
 
 
 def choose_settings(given: dict) -> Settings:
@@ -233,6 +231,7 @@ def main(argv: list[str] | None = None) -> None:
         net = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
     slices = s.slices or (6 if s.model != "tiny" and device.type == "cpu" else 1)
     mine = slice(processes.number, None, processes.count)  # with t ascending, as much work as the others'
+    pictures, classes = run.folder / "samples", len(run.dataset.classes)
     stop, stopping = Stop(), False
 
     while state.step < s.steps and not stopping:
@@ -258,8 +257,8 @@ def main(argv: list[str] | None = None) -> None:
         if state.step % s.save_every == 0 or state.step == s.steps or stopping:
             save(run)
         due = s.sample_every and state.step % s.sample_every == 0 and state.step < s.steps
-        if due and state.curriculum.t_low == 1:  # a picture takes all timesteps
-            save_samples(run, f"step_{state.step:07d}.png")
+        if due and state.curriculum.t_low == 1 and processes.number == 0:  # a picture takes all timesteps
+            draw_grid(pictures / f"step_{state.step:07d}.png", state.ema, classes, s.guidance)
         if not state.losses:  # images per second are counted from after what was saved and drawn
             run.clock = time.time()
 
@@ -272,15 +271,16 @@ def main(argv: list[str] | None = None) -> None:
     masked = run.masked_cost * s.steps
     print(f"done, {duration(time.time() - run.begin)} in this call: {state.spent:.3g} multiply-adds" +
           (f", {1 - state.spent / masked:.1%} less than with masks alone" if state.spent < masked else ""))
-    if s.sample_every:
-        print(f"picture     {save_samples(run, 'final.png')}")
+    if s.sample_every and processes.number == 0:
+        draw_grid(pictures / "final.png", state.ema, classes, s.guidance)
+        print(f"picture     {pictures / 'final.png'}")
     print(f"more        python sample.py --run {run.folder}")
     print(f"losses      python experiments/curves.py {run.folder}")
 
 
 # ====================================================================================================
 # Below this line: what is saved, the run folder, what is printed. Of the method only the first lines of State
-# (AdamW, the curriculum) and in Log.write the losses that the curriculum sees.
+# (AdamW, the curriculum) and in write_log the losses that the curriculum sees.
 
 
 class State:
@@ -335,7 +335,14 @@ class Run:
 
     def __post_init__(self):
         self.begin = self.clock = time.time()  # of this call; of the steps since the last line of the log
-        self.begin_step = self.state.step
+        self.begin_step = 0
+
+    @property
+    def identity(self) -> dict:
+        """What must be the same for a run to go on. Datasets may move, but not hold other images."""
+        fixed = {name: value for name, value in asdict(self.s).items() if name not in MAY_CHANGE}
+        images = dict(n_images=len(self.dataset.images), classes=self.dataset.classes)
+        return fixed | asdict(self.state.model.config) | images
 
     @property
     def masked_cost(self) -> int:
@@ -361,13 +368,10 @@ def save(run: Run) -> None:
     state, losses = run.state, run.all_losses()
     if run.processes.number:
         return
-    final = dict(config=asdict(state.model.config), model=state.ema.state_dict(), classes=run.dataset.classes,
-                 guidance=run.s.guidance, step=state.step)
-    write_then_rename(run.folder / "model.pt", lambda file: torch.save(final, file))
+    save_model(run.folder / "model.pt", state.ema, run.dataset.classes, run.s.guidance, state.step)
     # last: a kill between the two is made good when the run goes on from the older state
-    fixed = {name: value for name, value in asdict(run.s).items() if name not in MAY_CHANGE}
-    more = dict(losses=list(losses), settings=fixed, device=run.processes.device.type)
-    everything = state.state_dict() | more
+    everything = state.state_dict() | dict(losses=list(losses), settings=run.identity,
+                                           device=run.processes.device.type)
     write_then_rename(run.folder / "state.pt", lambda file: torch.save(everything, file))
 
 
@@ -378,38 +382,36 @@ def save(run: Run) -> None:
 def open_run(argv: list[str] | None) -> tuple[Run, dict]:
     """The run that a command line begins or goes on with, and the flags given. Nothing is written before
     everything that a person can get wrong has been checked. Raises InputError."""
-    folder, s, given, saved = read_command_line(argv)
+    folder, s, flags, given = read_command_line(argv)
     processes = Processes(pick_device(s.device))
     if s.batch_size % processes.count:
         raise InputError(f"--batch-size {s.batch_size} must be a multiple of the {processes.count} processes")
     if processes.number:
         processes.gather(None)  # waits for the first one: what that downloads or caches, the others find
     source = open_source(s.dataset, s.data_dir, image_size=s.image_size, seed=s.seed)
-    config = choose_config(source, s, given, saved)
+    (height, width), classes = source.read(0, 1).shape[2:], len(source.classes)
+    if height != width:
+        raise InputError(f"{source.name} has images of {width}x{height}; --image-size N makes them square")
+    config = preset_config(s.model, flags | {"image_size": height}, num_classes=classes)
+    if config.num_classes < classes:
+        raise InputError(f"{source.name} has {classes} classes, the model only {config.num_classes}")
     dataset = decode(source, s.data_dir).to(processes.device)
     if not processes.number:
         processes.gather(None)
-    state = State(s, config, processes.device)
-    if saved and (folder / "state.pt").exists():
-        load(folder / "state.pt", s, state, processes)
-
     if folder is None:
         name = f"{Path(s.dataset).stem}-{s.model.replace('/', '-')}-{config.method}"
         folder = processes.gather(numbered_folder(Path("runs"), name))[0]
+    run = Run(folder, s, State(s, config, processes.device), dataset, processes)
+    if (folder / "state.pt").exists():
+        load(run)
     if processes.number == 0:
-        claim_folder(folder)
-        text = json.dumps(dict(dataset=source.name, n_images=len(source), classes=source.classes,
-                               model=asdict(config), train=asdict(s)), indent=2).encode()
-        write_then_rename(folder / "config.json", lambda file: file.write(text))
-        metrics = folder / "metrics.jsonl"  # lines after the state was saved will be written again
-        lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
-        write_then_rename(metrics, lambda file: file.writelines(lines[:state.lines]))
-    return Run(folder, s, state, dataset, processes), given
+        start_run(folder, dict(model=asdict(config), train=asdict(s)), run.state.lines)
+    return run, given
 
 
 def read_command_line(argv: list[str] | None):
-    """(run folder or None where one is to be made, settings, flags given, and of a resumed run its model and
-    images, as `read_config` gives them, else None)"""
+    """(run folder, None where one is to be made; settings; all flags, where a run goes on with those that it
+    has; those given)"""
     parser = Parser(description=__doc__.replace("{TINY}", ", ".join(f"{k} {v}" for k, v in TINY.items())))
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: a new one under runs/)")
     parser.add_argument("--resume", action="store_true",
@@ -417,65 +419,40 @@ def read_command_line(argv: list[str] | None):
     add_flags(parser.add_argument_group("training"), Settings)
     add_flags(parser.add_argument_group("model"), Config)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    folder, resume = given.pop("out", None), given.pop("resume")
-    if resume and not folder:
-        folder = newest_run(file="config.json")
-    is_there = folder is not None and (folder / "config.json").exists()
-    if is_there and not resume:
-        raise InputError(f"{folder} already holds a run; go on with it by --resume, or choose another --out")
-    if resume and not given and not folder.exists():
-        raise InputError(f"--resume: {folder} does not exist; name the folder of a run")
-    if not is_there:  # --resume or not: a job may have been killed early
-        return folder, choose_settings(given), given, None
-    config, s, images = read_config(folder)
-    known = asdict(s) | asdict(config)
-    differ = [f"{flag(k)} {v} (the run has {known[k]})" for k, v in given.items()
-              if k not in MAY_CHANGE and v != known[k]]
-    if differ:
-        raise InputError(f"cannot resume {folder} with other settings: {', '.join(differ)}; leave them out, "
-                         "or train a new run without --resume")
-    s = replace(s, **{k: v for k, v in given.items() if k in MAY_CHANGE})
-    return folder, s, given, (config, images)
+    folder, is_there = find_run(given)
+    flags = given
+    if is_there:
+        config, s = read_config(folder)
+        flags = asdict(config) | asdict(s) | given
+    return folder, choose_settings(flags), flags, given
 
 
-def read_config(folder: Path) -> tuple[Config, Settings, tuple[int, list[str]]]:
-    """From config.json: model, settings, how many images of which classes. Raises InputError."""
+def read_config(folder: Path) -> tuple[Config, Settings]:
+    """Model and settings of a run, from its config.json. Raises InputError."""
     path = folder / "config.json"
     try:
         saved = json.loads(path.read_bytes())
-        return Config(**saved["model"]), Settings(**saved["train"]), (saved["n_images"], saved["classes"])
+        return Config(**saved["model"]), Settings(**saved["train"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is not a run's settings ({one_line(error)})") from None
 
 
-def choose_config(source: Source, s: Settings, given: dict, saved: tuple | None) -> Config:
-    """The model for these images, or that of the resumed run. Raises InputError where things do not fit."""
-    (height, width), n, classes = source.read(0, 1).shape[2:], len(source), source.classes
-    found = f"{source.name} has {n} images of {width}x{height} pixels and {len(classes)} classes"
-    if height != width:
-        raise InputError(f"{found}; --image-size N crops them to squares")
-    if saved:
-        config, images = saved
-        if images != (n, classes) or config.image_size != height:
-            raise InputError(f"{found}; the run was trained on others, and to go on they must be the same")
-        return config
-    config = preset_config(s.model, given | {"image_size": height}, num_classes=len(classes))
-    if config.num_classes < len(classes):
-        raise InputError(f"{found}, more than --num-classes {config.num_classes}")
-    return config
-
-
-def load(path: Path, s: Settings, state: State, processes: Processes) -> None:
-    """Raises InputError if the file is damaged or of another run."""
-    saved = read_checkpoint(path, (*vars(state), "device", "settings"))
+def load(run: Run) -> None:
+    """Goes on from state.pt. Raises InputError if that is damaged or of another run."""
+    path, now = run.folder / "state.pt", run.identity
+    saved = read_checkpoint(path, (*vars(run.state), "device", "settings"))
     try:
-        if not saved["settings"].items() <= asdict(s).items():
-            raise ValueError("it is of a run with other settings")
-        state.load_state_dict(saved, processes)
+        # None: older versions kept --image-size here, which may be left to the images
+        differ = [f"{name} {str(now.get(name))[:40]} (the run has {str(was)[:40]})"
+                  for name, was in saved["settings"].items() if was not in (None, now.get(name))]
+        if differ:
+            raise ValueError(f"other settings or images need a new run: {', '.join(differ)}")
+        run.state.load_state_dict(saved, run.processes)
+        if run.state.step > run.s.steps:
+            raise ValueError(f"it has trained {run.state.step} steps, --steps {run.s.steps} takes none back")
     except Exception as error:  # a damaged file can fail in any way
-        raise InputError(f"{path} does not fit config.json: {one_line(error)}") from None
-    if state.step > s.steps:
-        raise InputError(f"{path} has already trained {state.step} steps; --steps {s.steps} takes none back")
+        raise InputError(f"{path} does not fit: {one_line(error)}") from None
+    run.begin_step = run.state.step
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -507,16 +484,6 @@ def write_log(run: Run, lr: float) -> None:
     state.losses, state.timesteps, state.lines = [], [], state.lines + 1
 
 
-def save_samples(run: Run, name: str) -> str:
-    """Draws a grid; returns its path and what its columns are."""
-    classes, path = run.dataset.classes, run.folder / "samples" / name
-    if run.processes.number == 0:
-        images, _ = draw_images(run.state.ema, range(100), range(len(classes)), guidance=run.s.guidance)
-        save_grid(path, images, grid_columns(len(classes)))
-    has_columns = len(classes) == grid_columns(len(classes))
-    return f"{path} (columns: {', '.join(classes)})" if has_columns else str(path)
-
-
 def print_summary(run: Run, given: dict, dtype: torch.dtype) -> None:
     """What will be trained, and a line for each flag that was given and changes nothing."""
     s, dataset, config, processes = run.s, run.dataset, run.state.model.config, run.processes
@@ -531,7 +498,7 @@ def print_summary(run: Run, given: dict, dtype: torch.dtype) -> None:
             (config.method == "full", "keep factorise dense_mlp_blocks orthogonality", "--method full"),
             (config.method != "elastic", "distil", "only --method elastic has samples of fewer channels"),
             (config.rank_schedule() is None, "rank_profile warm_start rank_multiple",
-             f"--method {config.method} has no rank schedule"),
+             "the method has no rank schedule"),
             (config.method in ("full", "static"), "rho_min slices", "every sample uses all channels"),
             (isinstance(config.rank_profile, tuple), "rho_min warm_start", "the rank profile says it all"),
             (s.curriculum_groups <= 1, "curriculum_share curriculum_alpha curriculum_sampling restart",
