@@ -1674,8 +1674,8 @@ def test_train_script_keeps_a_run_that_is_there(run):
     refuses(train, "--out", run, says=("already holds a run", "--resume"))
     refuses(train, "--resume", "--out", run / "none", says="does not exist")
     resume = ["--resume", "--out", run]
-    refuses(train, *resume, "--keep", 0.5, "--seed", 3, says=("keep 0.5 (the run has 0.25)", "seed 3"))
-    refuses(train, *resume, "--predict", "eps", says="predict eps (the run has v)")
+    refuses(train, *resume, "--keep", 0.5, "--seed", 3, says=("--keep 0.5 (the run has 0.25)", "--seed 3"))
+    refuses(train, *resume, "--predict", "eps", says="--predict eps (the run has v)")
     refuses(train, *resume, "--steps", 5, says="trained 6 steps")
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
@@ -1696,7 +1696,7 @@ def test_resume_refuses_what_does_not_belong_together(run, tmp_path):
     """Other data, another run's state, half a state; and a config.json with anything where a word or number belongs."""
     folder = tmp_path / "r"
     shutil.copytree(run, folder)
-    refuses(train, "--resume", "--out", folder, *images_of_nothing(tmp_path / "x.npz")[:4], says="n_images 12 (the run has 20000)")
+    refuses(train, "--resume", "--out", folder, *images_of_nothing(tmp_path / "x.npz")[:4], says=("--dataset 12 images", "the run has 20000 images"))
     config = json.loads((run / "config.json").read_text())
     for part, name, value, says in (
             ("train", "lr", "fast", "--lr"), ("train", "lr", 10**30, "--lr"), ("train", "steps", 10**30, "--steps"),

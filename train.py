@@ -341,8 +341,8 @@ class Run:
     def identity(self) -> dict:
         """What must be the same for a run to go on. Datasets may move, but not hold other images."""
         fixed = {name: value for name, value in asdict(self.s).items() if name not in MAY_CHANGE}
-        images = dict(n_images=len(self.dataset.images), classes=self.dataset.classes)
-        return fixed | asdict(self.state.model.config) | images
+        images = f"{len(self.dataset.images)} images of classes {', '.join(self.dataset.classes)}"
+        return fixed | asdict(self.state.model.config) | {"dataset": images}
 
     @property
     def masked_cost(self) -> int:
@@ -443,10 +443,10 @@ def load(run: Run) -> None:
     saved = read_checkpoint(path, (*vars(run.state), "device", "settings"))
     try:
         # None: older versions kept --image-size here, which may be left to the images
-        differ = [f"{name} {str(now.get(name))[:40]} (the run has {str(was)[:40]})"
+        differ = [f"{flag(name)} {str(now.get(name))[:40]} (the run has {str(was)[:40]})"
                   for name, was in saved["settings"].items() if was not in (None, now.get(name))]
         if differ:
-            raise ValueError(f"other settings or images need a new run: {', '.join(differ)}")
+            raise ValueError(f"cannot resume with other settings or images: {', '.join(differ)}")
         run.state.load_state_dict(saved, run.processes)
         if run.state.step > run.s.steps:
             raise ValueError(f"it has trained {run.state.step} steps, --steps {run.s.steps} takes none back")
