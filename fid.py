@@ -1,4 +1,4 @@
-"""FID, sFID, Inception Score, precision and recall: how far are generated images from real ones?
+"""FID, Inception Score, precision and recall: how far are generated images from real ones?
 
     python fid.py runs/NAME/samples.npz cifar10
     python fid.py part0.npz part1.npz part2.npz /data/celeba64.zip --num 10000 --json
@@ -149,8 +149,8 @@ class Inception(Inception3):
     def __init__(self):
         super().__init__(num_classes=1008, aux_logits=False, init_weights=False)
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """uint8 (N, 3, H, W) -> features (N, 2048), spatial features (N, 2023), logits (N, 1008), float32."""
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 (N, 3, H, W) -> features (N, 2048), logits (N, 1008), float32."""
         x = F.interpolate(images.float() / 255, size=(299, 299), mode="bilinear", align_corners=False)
         x = self.Conv2d_1a_3x3(2 * x - 1)  # (N, 32, 149, 149)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(x))  # (N, 64, 147, 147)
@@ -160,23 +160,19 @@ class Inception(Inception3):
         for block in (self.Mixed_5b, self.Mixed_5c, self.Mixed_5d):
             x = pooled_otherwise(block, x)  # (N, 288, 35, 35)
         x = self.Mixed_6a(x)  # (N, 768, 17, 17)
-        for block in (self.Mixed_6b, self.Mixed_6c, self.Mixed_6d):
+        for block in (self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e):
             x = pooled_otherwise(block, x)
-        # the ADM suite's mixed_6/conv is the 1x1 branch, which comes first in Mixed_6d (TensorFlow counts the
-        # blocks from 5b as 0); it takes the first 7 channels, flattened in TensorFlow's order
-        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # (N, 7, 17, 17) -> (N, 2023)
-        x = pooled_otherwise(self.Mixed_6e, x)
         x = self.Mixed_7a(x)  # (N, 1280, 8, 8)
         x = pooled_otherwise(self.Mixed_7b, x)
         x = pooled_otherwise(self.Mixed_7c, x, is_last=True)  # (N, 2048, 8, 8)
         features = x.mean((2, 3))  # (N, 2048)
-        return features, spatial, F.linear(features, self.fc.weight)  # without fc.bias, as the ADM suite
+        return features, F.linear(features, self.fc.weight)  # without fc.bias, as the ADM suite
 
 
 @dataclass
 class Extractor:
-    """Which features. load(device) gives a function from uint8 (N, 3, H, W) to features (N, D), spatial
-    features and logits, the last two None for a network that is not Inception."""
+    """Which features. load(device) gives a function from uint8 (N, 3, H, W) to features (N, D) and logits,
+    which are None for a network that is not Inception."""
     name: str  # ends in a hash of the file, which its statistics are recognised by
     load: Callable
 
@@ -186,8 +182,6 @@ class Side:
     """What is known of one side of the comparison; None for what is not."""
     mu: np.ndarray  # (D,) float64
     sigma: np.ndarray  # (D, D) float64
-    mu_s: np.ndarray | None = None  # (2023,) of the spatial features, for sFID
-    sigma_s: np.ndarray | None = None
     n: int | None = None  # how many images mu and sigma are of
     features: str | None = None  # name of the extractor
     points: np.ndarray | None = None  # (P, D) float32: the features for precision and recall
@@ -205,29 +199,25 @@ def measure(source: Source, extractor: Extractor, device: torch.device, batch_si
                          "for a figure to trust")
     network = extractor.load(device)
     host = torch.device("cpu") if device.type == "mps" else device  # MPS knows no float64
-    moments, spatial_moments, all_logits, points = Moments(), Moments(), [], []
+    moments, all_logits, points = Moments(), [], []
     start, readers = time.time(), ThreadPoolExecutor()  # files are decoded side by side
     last = start
     for batch in order.split(batch_size):
         images = torch.cat(list(readers.map(lambda i: source.read(i, i + 1), batch.tolist())))  # (B, 3, H, W)
-        features, spatial, logits = apply_network(network, images.to(device), extractor.name)  # (B, D), ...
+        features, logits = apply_network(network, images.to(device), extractor.name)  # (B, D), (B, classes)
         points.append(features[:max(0, pr_num - moments.n)].float().cpu())
         if moments.n and features.shape[1] != len(moments.mean):
             raise InputError(f"{extractor.name} gives {len(moments.mean)} features, then {features.shape[1]}")
         moments.add(features.to(host))
-        if spatial is not None:
-            spatial_moments.add(spatial.to(host))
+        if logits is not None:
             all_logits.append(logits.cpu())
         if time.time() > last + 10:
             last = time.time()
             show_progress(f"{source.name}: {moments.n:,} of {len(order):,} images")
     if last > start:
         end_progress()
-    side = Side(*moments.result(), n=moments.n, features=extractor.name, points=torch.cat(points).numpy())
-    if all_logits:
-        side.mu_s, side.sigma_s = spatial_moments.result()
-        side.inception_score = inception_score(torch.cat(all_logits))
-    return side
+    score = inception_score(torch.cat(all_logits)) if all_logits else None
+    return Side(*moments.result(), moments.n, extractor.name, torch.cat(points).numpy(), score)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -255,26 +245,23 @@ INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
-def inception_extractor(path: Path | None = None) -> Extractor:
-    """The Inception network; its weights come from `path`, or from torch's hub cache, fetched there once."""
-    file = path or Path(torch.hub.get_dir()) / "checkpoints" / Path(INCEPTION_URL).name
-    key = sha256_of(path) if path else INCEPTION_SHA256
-
+def inception_extractor() -> Extractor:
+    """The Inception network; its weights come from torch's hub cache, fetched there once."""
     def load(device: torch.device) -> Callable:
         network = Inception().eval()
+        file = Path(torch.hub.get_dir()) / "checkpoints" / Path(INCEPTION_URL).name
         try:
             if not file.exists():  # torch renames it when it is whole and has this hash
                 file.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(INCEPTION_URL, file, INCEPTION_SHA256, sys.stderr.isatty())
-            check_sha256(file, key)
+            check_sha256(file, INCEPTION_SHA256)
             network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
         except Exception as error:  # no network, a full disk, a foreign file
             raise InputError(f"no weights of the FID Inception in {file} ({one_line(error)}); put those of "
-                             f"{INCEPTION_URL} there, or name them with --inception") from None
+                             f"{INCEPTION_URL} there") from None
         return network.to(device)
 
-    # weights of your own are named by their file, and their distance is not called FID
-    return Extractor(INCEPTION if key == INCEPTION_SHA256 else f"{file.name} sha256:{key[:12]}", load)
+    return Extractor(INCEPTION, load)
 
 
 def file_extractor(path: Path) -> Extractor:
@@ -289,12 +276,12 @@ def file_extractor(path: Path) -> Extractor:
         except Exception:  # a foreign file can fail in any way
             raise InputError(f"--features {path} is no TorchScript file (torch.jit.save); "
                              "experiments/classifier.py writes one (NAME.features.pt)") from None
-        return lambda images: (module(images), None, None)
+        return lambda images: (module(images), None)
 
     return Extractor(name, load)
 
 
-STATISTICS = ("mu", "sigma", "mu_s", "sigma_s", "n", "features")  # of Side, in a .npz of statistics
+STATISTICS = ("mu", "sigma", "n", "features")  # of Side, in a .npz of statistics
 
 
 def save_statistics(path: Path, side: Side, *more: str) -> None:
@@ -311,17 +298,15 @@ def read_statistics(path: Path, *more: str) -> Side:
         for key, kind in (("n", int), ("features", one_line)):
             if key in found:  # other tools may give these names to arrays
                 found[key] = kind(found[key].item()) if found[key].ndim == 0 else None
-        for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
-            if mean in found:
-                mu = found[mean] = found[mean].astype(np.float64, casting="same_kind")
-                sigma = found[covariance] = found[covariance].astype(np.float64, casting="same_kind")
-                if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
-                    raise ValueError(f"they are {mu.shape} and {sigma.shape}")
-                if not (np.abs(mu).max() < 1e60 and np.abs(sigma).max() < 1e60):
-                    raise ValueError("they hold NaN or infinite values")
-                wrong = max(np.abs(sigma - sigma.T).max(), -sigma.diagonal().min())
-                if wrong > 1e-4 * np.abs(sigma).max():
-                    raise ValueError(f"{covariance} is not symmetric or has a negative variance")
+        mu = found["mu"] = found["mu"].astype(np.float64, casting="same_kind")
+        sigma = found["sigma"] = found["sigma"].astype(np.float64, casting="same_kind")
+        if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
+            raise ValueError(f"they are {mu.shape} and {sigma.shape}")
+        if not (np.abs(mu).max() < 1e60 and np.abs(sigma).max() < 1e60):
+            raise ValueError("they hold NaN or infinite values")
+        wrong = max(np.abs(sigma - sigma.T).max(), -sigma.diagonal().min())
+        if wrong > 1e-4 * np.abs(sigma).max():
+            raise ValueError("sigma is not symmetric or has a negative variance")
         return Side(**found)
     except Exception as error:  # truncated archives, pickled objects, a missing sigma, foreign bytes
         raise InputError(f"{path} is no file of `mu` (D,) and `sigma` (D, D): {one_line(error)}") from None
@@ -381,10 +366,8 @@ def main():
         "statistics (mu, sigma), or shapes, cifar10, celeba; several of images are measured as one set")
     add("reference", metavar="REFERENCE", help="one of these; what is measured is kept in DATA_DIR/cache")
     add("--num", type=positive_int, help="images a side, taken at random (default: all; shapes: 20000)")
-    network = parser.add_mutually_exclusive_group().add_argument
-    network("--features", type=Path, metavar="FILE", help="a TorchScript module from uint8 (N,3,H,W) to "
-            "features (N,D) instead of Inception. It is code, and runs: open it only if you trust its author")
-    network("--inception", type=Path, metavar="FILE", help="the Inception weights, if there is no network")
+    add("--features", type=Path, metavar="FILE", help="a TorchScript module from uint8 (N,3,H,W) to features "
+        "(N,D) instead of Inception. It is code, and runs: open it only if you trust its author")
     add("--batch-size", type=positive_int, default=64, help="images at a time (default: 64)")
     add("--pr-num", type=int, default=50_000, help="at most this many images a side for precision and "
         "recall; the cost grows with the square; 0 leaves them out (default: 50000)")
@@ -399,7 +382,7 @@ def main():
         raise InputError(f"--pr-num {args.pr_num}: give 0 for no precision and recall, or a number of images")
     device = pick_device(args.device)
     torch.backends.cudnn.allow_tf32 = False  # 10-bit products would move the features in the third digit
-    extractor = file_extractor(args.features) if args.features else inception_extractor(args.inception)
+    extractor = file_extractor(args.features) if args.features else inception_extractor()
     how = extractor, device, args.batch_size, args.num, args.pr_num
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(action="ignore"):
         generated = open_side(args.generated, extractor, args)
@@ -412,9 +395,7 @@ def main():
 
         is_fid = extractor.name == INCEPTION
         distance = frechet_distance(generated.mu, generated.sigma, reference.mu, reference.sigma)
-        sfid = precision = recall = None
-        if is_fid and generated.mu_s is not None and reference.mu_s is not None:
-            sfid = frechet_distance(generated.mu_s, generated.sigma_s, reference.mu_s, reference.sigma_s)
+        precision = recall = None
         if generated.points is not None and reference.points is not None:
             where = device if device.type == "cuda" else "cpu"
             real, fake = (torch.from_numpy(side.points).to(where) for side in (reference, generated))
@@ -431,7 +412,7 @@ def main():
               "with those of equal numbers; --num or --pr-num makes them equal", file=sys.stderr)
     if len(shapes) > 1:
         print("warning: images of two sizes: the difference in sharpness counts as distance", file=sys.stderr)
-    result = {"fid" if is_fid else "frechet_distance": distance, "sfid": sfid,
+    result = {"fid" if is_fid else "frechet_distance": distance,
               "inception_score": generated.inception_score if is_fid else None,
               "precision": precision, "recall": recall, "n_generated": generated.n,
               "n_reference": reference.n, "features": extractor.name}

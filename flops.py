@@ -201,15 +201,10 @@ def compare(config: Config, s, sampling_steps: int, training: int) -> list[dict]
         models["full"] = replace(config, method="full")
     rows = []
     for name, c in models.items():
-        row = dict(name=name, params=parameter_count(c), forward=sum(p.size for p in products(c)))
-        row["sampling"] = sampling(c, sampling_steps)
-        row["sampling_guided"] = sampling(c, sampling_steps, guidance=True) if c.num_classes else None
-        row["training"] = training
-        if rows:
-            row["training"] = training_run(c, s.steps, s.batch_size, penalty=s.orthogonality > 0)
-        rows.append(row)
-        for key in ("sampling", "training"):  # what the model itself saves against this row
-            row[key + "_saved"] = 1 - rows[0][key] / row[key]
+        spent = training_run(c, s.steps, s.batch_size, penalty=s.orthogonality > 0) if rows else training
+        guided = sampling(c, sampling_steps, guidance=True) if c.num_classes else None
+        rows.append(dict(name=name, params=parameter_count(c), forward=sum(p.size for p in products(c)),
+                         sampling=sampling(c, sampling_steps), sampling_guided=guided, training=spent))
     return rows
 
 
@@ -222,15 +217,14 @@ def amount(n: int | None) -> str:
 
 
 def print_comparison(rows: list[dict], steps: int, sampling_steps: int) -> None:
+    """Saved is what the model itself, in the first row, saves against a row."""
     print(f"\n{'multiply-adds':15}{'parameters':>11}{'forward':>10}{f'{sampling_steps} steps':>12}"
           f"{'saved':>8}{'guided':>10}{f'{steps:,} training steps':>26}{'saved':>8}")
     for row in rows:
         n = {key: amount(value) for key, value in row.items() if key != "name"}
-        for key in ("sampling_saved", "training_saved"):
-            n[key] = f"{row[key]:.1%}" if row is not rows[0] else ""
-        print(f"{row['name']:15}{n['params']:>11}{n['forward']:>10}{n['sampling']:>12}"
-              f"{n['sampling_saved']:>8}{n['sampling_guided']:>10}{n['training']:>26}"
-              f"{n['training_saved']:>8}".rstrip())
+        saved = {key: f"{1 - rows[0][key] / row[key]:.1%}" for key in ("sampling", "training")}
+        print(f"{row['name']:15}{n['params']:>11}{n['forward']:>10}{n['sampling']:>12}{saved['sampling']:>8}"
+              f"{n['sampling_guided']:>10}{n['training']:>26}{saved['training']:>8}")
 
 
 CHART_T = [*range(T, 0, -T // 20), 1]

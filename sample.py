@@ -12,6 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,9 +24,10 @@ from torchvision.utils import make_grid
 import flops
 from data import IMAGE_ENDINGS, to_uint8
 from model import Config, DiT, read_profile
-from schedule import NoiseSchedule, Profile, predicted_x_0_and_eps, sampling_timesteps, share_at
-from script import (DEVICES, DTYPES, InputError, Parser, duration, end_progress, one_line, pick_device,
-                    pick_dtype, positive_int, read_checkpoint, run_script, show_progress, write_then_rename)
+from schedule import T, NoiseSchedule, Profile, predicted_x_0_and_eps, sampling_timesteps, share_at
+from script import (DEVICES, DTYPES, InputError, Parser, add_flags, check_fields, duration, end_progress,
+                    newest_run, one_line, pick_device, pick_dtype, read_checkpoint, run_script, setting,
+                    show_progress, write_then_rename)
 
 # ----------------------------------------------------------------------------------------------------
 # From the model to x_0 and eps
@@ -132,7 +134,7 @@ def ddim(model: DiT | Predictor, x: torch.Tensor, steps: int = 100, y: torch.Ten
 
     model: a DiT, used with labels y, guidance and shares, or any callable eps(x, t) with an int t
     x: noise (B, C, H, W), or x_t at the first of the timesteps
-    timesteps: to visit, decreasing, the last one being that of the result; default `sampling_timesteps(steps)`
+    timesteps: to visit, decreasing, the last one that of the result; default `sampling_timesteps(steps)`
     Yields x at each timestep but the first.
     """
     denoise, alpha_bar = denoiser(model, y, guidance, clip, shares), NoiseSchedule().alpha_bar.tolist()
@@ -225,6 +227,19 @@ def save_grid(path: Path, images: torch.Tensor, columns: int) -> None:
     save_png(path, make_grid(images, nrow=columns, padding=2))
 
 
+def draw_grid(path: Path, model: DiT, classes: int, guidance: float) -> None:
+    """100 images of all classes in turn as one PNG: how a model is doing."""
+    images, _ = draw_images(model, range(100), range(classes), guidance=guidance)
+    save_grid(path, images, grid_columns(classes))
+
+
+def save_model(path: Path, model: DiT, classes: list[str], guidance: float, step: int) -> None:
+    """Writes what `load_model` reads. guidance: the default of its samples; step: how long it has trained."""
+    state = dict(config=asdict(model.config), model=model.state_dict(), classes=classes, guidance=guidance,
+                 step=step)
+    write_then_rename(path, lambda file: torch.save(state, file))
+
+
 def load_model(run: Path, device: torch.device, file: str = "model.pt") -> tuple[DiT, dict]:
     """The EMA model of a run in evaluation mode, and the rest of its model.pt, or of another such `file`.
     Raises InputError."""
@@ -239,14 +254,6 @@ def load_model(run: Path, device: torch.device, file: str = "model.pt") -> tuple
     except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         raise InputError(f"{path} does not describe a model: {one_line(error)}") from None
     return model.to(device).eval().requires_grad_(False), state
-
-
-def newest_run(folder: str = "runs", file: str = "model.pt") -> Path:
-    """The run under `folder` whose `file` was written last. Raises InputError if there is none."""
-    files = sorted(Path(folder).glob(f"*/{file}"), key=lambda p: p.stat().st_mtime)
-    if not files:
-        raise InputError(f"no run under {folder}/; train one with `python train.py`, or name one")
-    return files[-1].parent
 
 
 def choose_classes(text: str, names: list[str]) -> list[int]:
@@ -267,79 +274,68 @@ def choose_classes(text: str, names: list[str]) -> list[int]:
     return chosen
 
 
-def choose_shares(config: Config, budget: float | None, ranks: str | None, guide: float, guide_class: str):
-    """The Shares that were typed: --budget, or the file of --ranks, and the guide's share and class. Raises
-    InputError for channels that the model has not been trained with."""
-    if config.method != "elastic" and (budget is not None or ranks is not None or guide != 1):
-        trained = "just Phi(t) channels at t" if config.rank_schedule() else "all channels at every t"
-        raise InputError(f"this run is of --method {config.method}, which has trained {trained}; --budget, "
-                         "--ranks and --guide-share take a run of --method elastic")
-    profile = None
-    if budget is not None:
-        if not 0 < budget <= 1:
-            raise InputError(f"--budget {budget:g} must lie in (0, 1], as a share of all multiply-adds")
-        least = flops.one_image(config, 1, share=config.rho_min)[0] / flops.one_image(config, 1)[0]
-        if budget < least:
-            takes = math.ceil(1000 * least) / 1000  # rounded up: what is printed can be typed
-            raise InputError(f"--budget {budget:g}: the smallest share that this run has trained, "
-                             f"{config.rho_min:g}, takes {takes:g} of all multiply-adds")
-        profile = ((1, flops.budget_share(config, budget)),)
-    elif ranks is not None:
-        profile = read_profile(ranks)
-    if isinstance(profile, str):
-        raise InputError(f"--ranks {ranks}: give a JSON file of shares")
-    lowest = min([guide] + [share for _, share in profile or ()])
-    if not (config.rho_min <= lowest and guide <= 1):  # not NaN either
-        wrong = guide if guide > 1 else lowest
-        raise InputError(f"share {wrong:g} was not trained; this run takes {config.rho_min:g} to 1")
-    shares = Shares(profile, guide, guide_class)
-    if guide_class == "same" and not shares.differ:
-        raise InputError("--guide-class same: guidance then comes from channels that the second pass lacks; "
-                         "give a --guide-share below that of the first")
-    return shares
-
-
 # ----------------------------------------------------------------------------------------------------
 # The script
 
 
-def read_command_line():
-    parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add("--run", metavar="DIR", help="folder of a run (default: the newest under runs/)")
-    add("--num", type=positive_int, default=100, metavar="N", help="how many images (default 100)")
-    add("--first", type=int, default=0, metavar="N", help="number of the first image: image i of a seed is "
-        "the same in any call, so several processes can share out a large set (default 0)")
-    add("--classes", default="all", help="numbers or names, e.g. 0,3 or star,heart, in turns (default all)")
-    add("--sampler", choices=("ddim", "ddpm"), default="ddim", help="ddim: deterministic; ddpm: ancestral")
-    add("--steps", type=positive_int, default=100, metavar="N", help="1 to 1000 (default 100)")
-    add("--guidance", type=float, metavar="W", help="eps = eps_u + W (eps_c - eps_u); 1 is plain conditional "
-        "(default: the run's)")
-    shares = parser.add_mutually_exclusive_group().add_argument
-    shares("--budget", type=float, metavar="F", help="elastic runs: multiply-adds of a pass "
-           "as a share of those of all channels (default 1)")
-    shares("--ranks", metavar="FILE.json", help="elastic runs: shares of the channels over t, such as "
-           '{"t": [1, 500], "share": [0.5, 0.25]}; experiments/fit_ranks.py writes such files')
-    add("--guide-share", type=float, default=1.0, metavar="F", help="elastic runs: share of channels in the "
-        "second pass of guidance, such as 0.25 (default: as many as in the first)")
-    add("--guide-class", choices=("none", "same"), default="none", help="what the second pass is told; same: "
-        "the class, so that guidance comes from the smaller share alone (default none)")
-    add("--no-clip", action="store_true", help="do not clip predicted images to [-1, 1] at every step")
-    add("--seed", type=int, default=0, metavar="N", help="of the noise (default 0)")
-    add("--out", metavar="FILE.png|FILE.npz|DIR", help="a grid, an array for fid.py, or a folder of PNGs "
-        "(default: a grid in the run's samples/)")
-    add("--batch-size", type=positive_int, metavar="N", help="images at a time (default 100 on a CPU, 500)")
-    add("--device", choices=DEVICES, default="auto")
-    add("--dtype", choices=DTYPES, help="of the matrix products (default bfloat16 on CUDA, else float32)")
-    args = parser.parse_args()
-    if args.steps > 1000:
-        parser.error(f"--steps {args.steps}: a sampler takes 1 to 1000")
-    for name in ("seed", "first"):
-        if not 0 <= getattr(args, name) < 2**63:
-            parser.error(f"--{name} {getattr(args, name)} must lie in 0..2**63 - 1")
-    if args.guidance is not None and not math.isfinite(args.guidance):
-        parser.error(f"--guidance {args.guidance} must be a finite number")
-    return args
+@dataclass(frozen=True)
+class Options:
+    """What to draw."""
+    run: str | None = setting(None, "folder of a run (default: the newest under runs/)", metavar="DIR")
+    num: int = setting(100, "how many images", low=1)
+    first: int = setting(0, "number of the first image: image i of a seed is the same in any call, so "
+                         "several processes can share out a large set", low=0)
+    classes: str = setting("all", "numbers or names, e.g. 0,3 or star,heart, in turns", metavar="LIST")
+    sampler: str = setting("ddim", "ddim: deterministic; ddpm: ancestral", choices=("ddim", "ddpm"))
+    steps: int = setting(100, "timesteps that the sampler visits", low=1, high=T)
+    guidance: float | None = setting(None, "eps = eps_u + W (eps_c - eps_u); 1 is plain conditional "
+                                     "(default: the run's)", metavar="W")
+    budget: float | None = setting(None, "elastic runs: multiply-adds of a pass as a share of those of all "
+                                   "channels (default 1)", above=0, high=1)
+    ranks: str | None = setting(None, "elastic runs, instead: a file of shares of the channels over t, "
+                                'such as {"t": [1, 500], "share": [0.5, 0.25]}', metavar="FILE.json")
+    guide_share: float = setting(1.0, "elastic runs: largest share of the channels in the second pass of "
+                                 "guidance, such as 0.25", above=0, high=1)
+    guide_class: str = setting("none", "what the second pass is told; same: the class, so that guidance "
+                               "comes from the smaller share alone", choices=("none", "same"))
+    clip: bool = setting(True, "clip predicted images to [-1, 1] at every step")
+    seed: int = setting(0, "of the noise", low=0)
+    out: str | None = setting(None, "a grid, an array for fid.py, or a folder of PNGs (default: a grid in "
+                              "the run's samples/)", metavar="FILE.png|FILE.npz|DIR")
+    batch_size: int | None = setting(None, "images at a time (default 100 on a CPU, else 500)", low=1)
+    device: str = setting("auto", "where to draw", choices=DEVICES)
+    dtype: str | None = setting(None, "of matrix products (default bfloat16 on CUDA)", choices=DTYPES)
+
+
+def choose_shares(config: Config, o: Options) -> Shares:
+    """Those that --budget, --ranks and the --guide flags ask for. Raises InputError for channels that the
+    model has not been trained with."""
+    if config.method != "elastic" and (o.budget or o.ranks is not None or o.guide_share != 1):
+        trained = "just Phi(t) channels at t" if config.rank_schedule() else "all channels at every t"
+        raise InputError(f"this run is of --method {config.method}, which has trained {trained}; --budget, "
+                         "--ranks and --guide-share take a run of --method elastic")
+    if o.budget and o.ranks is not None:
+        raise InputError("--budget and --ranks exclude each other")
+    profile = None
+    if o.budget:
+        least = flops.one_image(config, 1, share=config.rho_min)[0] / flops.one_image(config, 1)[0]
+        if o.budget < least:
+            takes = math.ceil(1000 * least) / 1000  # rounded up: what is printed can be typed
+            raise InputError(f"--budget {o.budget:g}: the smallest share that this run has trained, "
+                             f"{config.rho_min:g}, takes {takes:g} of all multiply-adds")
+        profile = ((1, flops.budget_share(config, o.budget)),)
+    elif o.ranks is not None:
+        profile = read_profile(o.ranks)
+        if isinstance(profile, str):
+            raise InputError(f"--ranks {o.ranks}: give a JSON file of shares")
+    lowest = min([o.guide_share] + [share for _, share in profile or ()])
+    if lowest < config.rho_min:
+        raise InputError(f"share {lowest:g} was not trained; this run takes {config.rho_min:g} to 1")
+    shares = Shares(profile, o.guide_share, o.guide_class)
+    if o.guide_class == "same" and not shares.differ:
+        raise InputError("--guide-class same: guidance then comes from channels that the second pass lacks; "
+                         "give a --guide-share below that of the first")
+    return shares
 
 
 def check_out(out: Path, as_folder: bool) -> None:
@@ -352,36 +348,38 @@ def check_out(out: Path, as_folder: bool) -> None:
 
 
 def main():
-    args = read_command_line()
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    run = Path(args.run) if args.run else newest_run()
+    parser = Parser(description=__doc__)
+    add_flags(parser, Options)
+    o = Options(**{name: value for name, value in vars(parser.parse_args()).items() if value is not None})
+    check_fields(o)
+    device = pick_device(o.device)
+    dtype = pick_dtype(o.dtype, device)
+    run = Path(o.run) if o.run else newest_run()
     model, state = load_model(run, device)
-    classes = choose_classes(args.classes, state["classes"])
-    shares = choose_shares(model.config, args.budget, args.ranks, args.guide_share, args.guide_class)
-    guidance = state["guidance"] if args.guidance is None else args.guidance
+    classes, shares = choose_classes(o.classes, state["classes"]), choose_shares(model.config, o)
+    guidance = state["guidance"] if o.guidance is None else o.guidance
     if not classes and not shares.differ:
-        if args.guidance is not None:
+        if o.guidance is not None:
             print("note: --guidance has no effect: this model was trained without classes")
         guidance = 1.0
-    batch_size = args.batch_size or (100 if device.type == "cpu" else 500)
-    out = Path(args.out or run / "samples" / f"{args.sampler}{args.steps}_seed{args.seed}.png")
+    batch_size = o.batch_size or (100 if device.type == "cpu" else 500)
+    out = Path(o.out or run / "samples" / f"{o.sampler}{o.steps}_seed{o.seed}.png")
     as_folder = out.suffix not in (".png", ".npz")
     check_out(out, as_folder)
 
-    start, end, images, labels = time.time(), args.first + args.num, [], []
-    for first in range(args.first, end, batch_size):
+    start, end, images, labels = time.time(), o.first + o.num, [], []
+    for first in range(o.first, end, batch_size):
         indices = range(first, min(first + batch_size, end))
 
         def on_step(steps_done):
-            done = first - args.first + len(indices) * steps_done / args.steps  # unfinished images in part
+            done = first - o.first + len(indices) * steps_done / o.steps  # unfinished images in part
             rate = done / (time.time() - start)
-            if steps_done == args.steps or sys.stdout.isatty():  # in a file, one line a batch is enough
-                show_progress(f"{run}: step {steps_done}/{args.steps}, image {done:.0f}/{args.num}, "
-                              f"{rate:.1f} images/s, {duration((args.num - done) / rate)} left")
+            if steps_done == o.steps or sys.stdout.isatty():  # in a file, one line a batch is enough
+                show_progress(f"{run}: step {steps_done}/{o.steps}, image {done:.0f}/{o.num}, "
+                              f"{rate:.1f} images/s, {duration((o.num - done) / rate)} left")
 
-        drawn, drawn_labels = draw_images(model, indices, classes, args.seed, args.sampler, args.steps,
-                                          guidance, not args.no_clip, shares, dtype, on_step)
+        drawn, drawn_labels = draw_images(model, indices, classes, o.seed, o.sampler, o.steps,
+                                          guidance, o.clip, shares, dtype, on_step)
         if as_folder:
             for i, image in zip(indices, drawn):
                 save_png(out / f"{i:06d}.png", image)
@@ -397,14 +395,14 @@ def main():
         if len(classes) == grid_columns(len(classes)):
             print("columns:", ", ".join(state["classes"][c] for c in classes))
     guided_by = f", guidance {guidance:g}" if guidance != 1 else ""
-    print(f"{args.num} images, {args.sampler} {args.steps} steps{guided_by}: {out}")
+    print(f"{o.num} images, {o.sampler} {o.steps} steps{guided_by}: {out}")
     two_passes, ranks = guidance not in (0, 1), shares.ranks
     if guidance == 0:  # the second pass alone
         ranks = tuple((t, min(share, shares.guide)) for t, share in ranks or ((1, 1.0),))
     same_labels = not classes or shares.guide_class == "same"
-    cost = flops.sampling(model.config, args.steps, two_passes, ranks, shares.guide, same_labels)
-    saved = 1 - cost / flops.sampling(model.config, args.steps, two_passes)
-    share = f"share {shares.ranks[0][1]:.3g} of the channels, " if args.budget else ""
+    cost = flops.sampling(model.config, o.steps, two_passes, ranks, shares.guide, same_labels)
+    saved = 1 - cost / flops.sampling(model.config, o.steps, two_passes)
+    share = f"share {shares.ranks[0][1]:.3g} of the channels, " if o.budget else ""
     print(f"{share}{flops.amount(cost)} multiply-adds an image" +
           (f", {saved:.1%} less than with all channels" if saved else ""))
 

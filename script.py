@@ -1,4 +1,4 @@
-"""What the command-line scripts share: errors in one line, flags, device, processes, progress, files.
+"""What the command-line scripts share: errors in one line, flags, device, processes, progress, files, runs.
 
 Nothing here is about diffusion; a reader of the method may skip it. It imports nothing from the project.
 """
@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import hashlib
 import io
+import json
 import math
 import os
 import shutil
@@ -307,10 +308,64 @@ def read_checkpoint(path: Path, keys: tuple[str, ...]) -> dict:
     return state
 
 
+def sha256_of(path: Path) -> str:
+    """Raises InputError if the file cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror}); give an existing file") from None
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Raises InputError unless the file's SHA-256 is `expected`. Called before a file is opened."""
+    found = sha256_of(path)
+    if found != expected:
+        raise InputError(f"{path} is damaged or not the file it claims to be (SHA-256 {found[:12]}..., "
+                         f"expected {expected[:12]}...); delete it and fetch it again")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Run folders
+
+
 def numbered_folder(parent: Path, name: str) -> Path:
     """parent/003-name, counting up from the folders that are there; nothing is made yet."""
     numbers = [p.name.split("-")[0] for p in parent.glob("*-*")]
     return parent / f"{1 + max((int(n) for n in numbers if n.isdecimal()), default=0):03d}-{name}"
+
+
+def newest_run(folder: str = "runs", file: str = "model.pt") -> Path:
+    """The run under `folder` whose `file` was written last. Raises InputError if there is none."""
+    files = sorted(Path(folder).glob(f"*/{file}"), key=lambda p: p.stat().st_mtime)
+    if not files:
+        raise InputError(f"no run under {folder}/; train one with `python train.py`, or name one")
+    return files[-1].parent
+
+
+def find_run(given: dict) -> tuple[Path | None, bool]:
+    """Takes --out and --resume out of the flags that were given: the run folder that they mean, None where a
+    new one is to be made, and whether it holds a run. With --resume it need not, if there are other flags: a
+    job may be killed early. Raises InputError."""
+    folder, resume = given.pop("out", None), given.pop("resume")
+    if resume and not folder:
+        folder = newest_run(file="config.json")
+    if resume and not given and not folder.exists():
+        raise InputError(f"--resume: {folder} does not exist; name the folder of a run")
+    is_there = folder is not None and (folder / "config.json").exists()
+    if is_there and not resume:
+        raise InputError(f"{folder} already holds a run; go on with it by --resume, or choose another --out")
+    return folder, is_there
+
+
+def start_run(folder: Path, config: dict, log_lines: int) -> None:
+    """Claims the folder, writes config.json, and leaves the first lines of metrics.jsonl: those on steps
+    after the last saved state will be written again."""
+    claim_folder(folder)
+    text, metrics = json.dumps(config, indent=2).encode(), folder / "metrics.jsonl"
+    write_then_rename(folder / "config.json", lambda file: file.write(text))
+    lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
+    write_then_rename(metrics, lambda file: file.writelines(lines[:log_lines]))
 
 
 def claim_folder(folder: Path) -> None:
@@ -330,20 +385,3 @@ def claim_folder(folder: Path) -> None:
 
 
 LOCKED = []
-
-
-def sha256_of(path: Path) -> str:
-    """Raises InputError if the file cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"cannot read {path} ({error.strerror}); give an existing file") from None
-
-
-def check_sha256(path: Path, expected: str) -> None:
-    """Raises InputError unless the file's SHA-256 is `expected`. Called before a file is opened."""
-    found = sha256_of(path)
-    if found != expected:
-        raise InputError(f"{path} is damaged or not the file it claims to be (SHA-256 {found[:12]}..., "
-                         f"expected {expected[:12]}...); delete it and fetch it again")

@@ -19,25 +19,24 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import flops
 from curriculum import Curriculum, cluster_timesteps, speed, uniform
-from data import DATASETS, Dataset, Source, batch_indices, decode, open_source, to_unit
+from data import DATASETS, Dataset, batch_indices, decode, open_source, to_unit
 from lowrank import orthogonality_penalty
 from model import PRESETS, SIZES, Config, DiT, preset_config, summary
-from sample import draw_images, grid_columns, newest_run, save_grid
+from sample import draw_grid, save_model
 from schedule import (WEIGHTINGS, T, NoiseSchedule, add_noise, elastic_shares, eps_loss_factor, loss_weight,
                       target)
 from script import (DEVICES, DTYPES, InputError, Parser, Processes, Stop, add_flags, check_fields,
-                    claim_folder, duration, end_progress, flag, numbered_folder, one_line, pick_device,
-                    pick_dtype, read_checkpoint, run_script, setting, show_progress, to_device,
+                    duration, end_progress, find_run, flag, numbered_folder, one_line, pick_device,
+                    pick_dtype, read_checkpoint, run_script, setting, show_progress, start_run, to_device,
                     write_then_rename)
 
 # ----------------------------------------------------------------------------------------------------
@@ -60,8 +59,8 @@ class Settings:
     label_dropout: float = setting(0.1, 'chance that a label becomes "no class"', low=0, high=1)
     flip: bool = setting(True, "random horizontal flips")
     orthogonality: float = setting(1e-4, "weight of the orthogonality penalty", low=0)
-    curriculum_groups: int | None = setting(None, "timestep groups, 0 = off (default 10 for iso-*, else 0)",
-                                            low=0, high=50)  # the rate would be zero with the 51st (C.3.4)
+    curriculum_groups: int = setting(10, "timestep groups, 0 = off; off unless iso-*",
+                                     low=0, high=50)  # the rate would be zero with the 51st (C.3.4)
     curriculum_share: float = setting(0.4, "its longest, as share of the steps; 1: no limit", above=0, high=1)
     curriculum_alpha: float = setting(0.05, "of the loss's EMA, whose plateau brings a group", low=0, high=1)
     curriculum_sampling: str = setting("progressive", "C.3.3, or all timesteps that are in alike",
@@ -69,8 +68,7 @@ class Settings:
     restart: bool = setting(True, "fresh optimiser state and learning rate with each group (C.3.4)")
     timesteps: str = setting("uniform", "how t is drawn; stratified: each batch over all noise levels",
                              choices=("uniform", "stratified", "speed", "speed-stratified"))
-    distil: float = setting(0.0, "elastic: weight of the squared difference to the full-rank prediction",
-                            low=0)
+    distil: float = setting(0.0, "elastic: weight of the error against the full-rank prediction", low=0)
     weighting: str = setting("none", "of the loss along t, with mean 1", choices=WEIGHTINGS)
     seed: int = setting(0, "of weights, data order, noise, timesteps and drawn shapes", low=0, high=2**31)
     slices: int | None = setting(None, "parts of a batch that compute only the channels they need; same "
@@ -83,24 +81,25 @@ class Settings:
     sample_every: int = setting(20_000, "steps per sample grid; 0: none, not even at the end", low=0)
     guidance: float = setting(2.0, "guidance scale of this run's samples", metavar="W")
 
+    def __post_init__(self):
+        check_fields(self)
+
 
 TINY = dict(steps=3000, batch_size=64, lr=2e-3, warmup=100, ema_decay=0.998, curriculum_share=0.2,
             log_every=20, save_every=500)
 
-# What a resumed run may be told anew; everything else would make it another run. (That a dataset which has
-# moved still holds the same images and classes is checked.)
-MAY_CHANGE = {"dataset", "data_dir", "steps", "lr", "device", "dtype", "compile", "save_every", "guidance",
-              "sample_every", "slices"}
+# What a resumed run may be told anew; everything else would make it another run (`Run.identity`)
+MAY_CHANGE = {"dataset", "data_dir", "image_size", "steps", "lr", "device", "dtype", "compile", "save_every",
+              "guidance", "sample_every", "slices"}
 
 
 def choose_settings(given: dict) -> Settings:
     """The flags that were given, and defaults that depend on dataset, model or method. Raises InputError."""
     model = given.get("model", "tiny" if given.get("dataset", "shapes") == "shapes" else Settings.model)
-    adaptive = given.get("method", Config.method).startswith("iso")
-    depends = dict(model=model, curriculum_groups=10 if adaptive else 0) | (TINY if model == "tiny" else {})
-    s = Settings(**(depends | {f.name: given[f.name] for f in fields(Settings) if f.name in given}))
-    check_fields(s)
-    return s
+    depends = dict(model=model) | (TINY if model == "tiny" else {})
+    if not given.get("method", Config.method).startswith("iso"):
+        depends["curriculum_groups"] = 0
+    return Settings(**(depends | {f.name: given[f.name] for f in fields(Settings) if f.name in given}))
 
 
 def learning_rate(step: int, start: int, stage: int, s: Settings) -> float:
@@ -123,17 +122,20 @@ LOSS_GROUPS = cluster_timesteps(NOISE.log_snr, 5)  # first timesteps of the grou
 
 
 class Batch(NamedTuple):
-    """One process's part of a batch, by falling rank: those that need most channels first."""
+    """By falling rank: the samples that need most channels first."""
     x_0: torch.Tensor  # (B, 3, H, W) in [-1, 1]
     y: torch.Tensor  # (B,) labels, or the number of classes for "no class"
     eps: torch.Tensor  # (B, 3, H, W)
     t: torch.Tensor  # (B,) on the CPU: channels are chosen there, and no device has to be asked
     share: torch.Tensor | None = None  # (B,) of the channels, on the CPU; None: the rank schedule's
 
+    def part(self, rows: slice) -> "Batch":
+        return Batch(*(None if x is None else x[rows] for x in self))
 
-def draw_batch(dataset: Dataset, state: "State", s: Settings, mine: slice = slice(None)):
-    """The next Batch, of which this process takes `mine`, and t and share of all of it. Images come in random
-    order, so that of t is free: images that need similarly many channels lie side by side."""
+
+def draw_batch(dataset: Dataset, state: "State", s: Settings) -> Batch:
+    """The next batch, of all processes. Images come in random order, so that of t is free: images that need
+    similarly many channels lie side by side."""
     config, device, rng = state.model.config, dataset.images.device, state.device_rng
     index = batch_indices(len(dataset.images), state.step, s.batch_size, s.seed, device)
     x_0, y = dataset.images[index], dataset.labels[index]
@@ -153,8 +155,7 @@ def draw_batch(dataset: Dataset, state: "State", s: Settings, mine: slice = slic
     elif state.model.rank_schedule:
         phi = state.model.rank_schedule.active(t, max(state.model.ranks))
         t = t[phi.argsort(descending=True, stable=True)]  # the order it has already if Phi falls with t
-    my_share = None if share is None else share[mine]
-    return Batch(to_unit(x_0[mine]), y[mine], eps[mine], t[mine], my_share), t, share
+    return Batch(to_unit(x_0), y, eps, t, share)
 
 
 def denoising_loss(net, model: DiT, batch: Batch, dtype: torch.dtype = torch.float32, distil: bool = False):
@@ -186,11 +187,10 @@ def train_step(net, state: "State", batch: Batch, s: Settings, slices: int = 1,
     """
     model, probabilities = state.model, state.curriculum.probabilities()
     weight = loss_weight(s.weighting, NOISE, model.config.predict, probabilities).float()  # (T + 1,)
-    n = min(slices, len(batch.t))
-    parts = [Batch(*part) for part in zip(*([None] * n if x is None else x.tensor_split(n) for x in batch))]
     losses = []
-    for part in parts:
-        is_last = part is parts[-1]
+    for rows in torch.arange(len(batch.t)).tensor_split(min(slices, len(batch.t))):
+        first, last = int(rows[0]), int(rows[-1])
+        part, is_last = batch.part(slice(first, last + 1)), last == len(batch.t) - 1
         wait = not is_last and hasattr(net, "no_sync")  # processes average once, with the last slice
         with net.no_sync() if wait else contextlib.nullcontext():
             if s.distil > 0 and part.share is not None:
@@ -223,15 +223,16 @@ def update_ema(state: "State", s: Settings) -> None:
 def main(argv: list[str] | None = None) -> None:
     """argv: the command line, for scripts that train; default what was typed."""
     run, given = open_run(argv)
-    _, s, state, dataset, processes = run
-    device, dtype = processes.device, pick_dtype(s.dtype, processes.device)
+    s, state, processes, device = run.s, run.state, run.processes, run.processes.device
+    dtype = pick_dtype(s.dtype, device)
     print_summary(run, given, dtype)
     net = torch.compile(state.model) if s.compile else state.model
     if processes.count > 1:  # averages the gradients; all weights are alike from the start
         net = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
     slices = s.slices or (6 if s.model != "tiny" and device.type == "cpu" else 1)
     mine = slice(processes.number, None, processes.count)  # by falling rank: as much work as the others'
-    log, stop, stopping = Log(run), Stop(), False
+    pictures, classes = run.folder / "samples", len(run.dataset.classes)
+    stop, stopping = Stop(), False
 
     while state.step < s.steps and not stopping:
         if state.curriculum.advance(state.step) and s.restart:
@@ -240,34 +241,46 @@ def main(argv: list[str] | None = None) -> None:
         lr = learning_rate(state.step, start, stage, s)
         for group in state.optimizer.param_groups:
             group["lr"] = lr
-        batch, t, share = draw_batch(dataset, state, s, mine)
-        state.losses.append(train_step(net, state, batch, s, slices, dtype))
-        state.timesteps.append(t)
+        batch = draw_batch(run.dataset, state, s)
+        state.losses.append(train_step(net, state, batch.part(mine), s, slices, dtype))
+        state.timesteps.append(batch.t)
         update_ema(state, s)
-        state.spent += flops.train_step(state.model.config, t.tolist(), slices, state.curriculum.t_low,
-                                        s.orthogonality > 0, processes.count, share,
-                                        share is not None and s.distil > 0)
+        state.spent += flops.train_step(state.model.config, batch.t.tolist(), slices, state.curriculum.t_low,
+                                        s.orthogonality > 0, processes.count, batch.share,
+                                        batch.share is not None and s.distil > 0)
         state.step += 1
 
         if len(state.losses) == s.log_every or state.step == s.steps:
-            log.write(lr)
+            write_log(run, lr)
         if processes.count == 1 or not state.losses:  # several agree on it when they have talked anyway
             stopping = any(processes.gather(stop.asked))
         if state.step % s.save_every == 0 or state.step == s.steps or stopping:
             save(run)
         due = s.sample_every and state.step % s.sample_every == 0 and state.step < s.steps
-        if due and state.curriculum.t_low == 1:  # a picture takes all timesteps
-            save_samples(run, f"step_{state.step:07d}.png")
+        if due and state.curriculum.t_low == 1 and processes.number == 0:  # a picture takes all timesteps
+            draw_grid(pictures / f"step_{state.step:07d}.png", state.ema, classes, s.guidance)
         if not state.losses:  # images per second are counted from after what was saved and drawn
-            log.clock = time.time()
+            run.clock = time.time()
 
     stop.restore_handlers()
-    print_end(run, log.begin)
+    end_progress()
+    if state.step < s.steps:
+        print(f"stopped after step {state.step}; go on with: python train.py --resume --out {run.folder}",
+              file=sys.stderr)
+        sys.exit(130)
+    masked = run.masked_cost * s.steps
+    print(f"done, {duration(time.time() - run.begin)} in this call: {state.spent:.3g} multiply-adds" +
+          (f", {1 - state.spent / masked:.1%} less than with masks alone" if state.spent < masked else ""))
+    if s.sample_every and processes.number == 0:
+        draw_grid(pictures / "final.png", state.ema, classes, s.guidance)
+        print(f"picture     {pictures / 'final.png'}")
+    print(f"more        python sample.py --run {run.folder}")
+    print(f"losses      python experiments/curves.py {run.folder}")
 
 
 # ====================================================================================================
 # Below this line: what is saved, the run folder, what is printed. Of the method only the first lines of State
-# (AdamW, the curriculum) and in Log.write the losses that the curriculum sees.
+# (AdamW, the curriculum) and in write_log the losses that the curriculum sees.
 
 
 class State:
@@ -288,11 +301,6 @@ class State:
         self.step, self.spent, self.lines = 0, 0, 0  # steps done; multiply-adds spent; lines logged
         self.losses, self.timesteps = [], []  # since the last line: (B,) of this process; (B,) of all
 
-    def all_losses(self, processes: Processes) -> torch.Tensor:
-        """Of whole batches since the last line, (steps, B) on the CPU; only this awaits the device."""
-        mine = torch.stack(self.losses).cpu() if self.losses else torch.zeros(0, 0)
-        return torch.stack(processes.gather(mine), dim=2).flatten(1)
-
     def state_dict(self) -> dict:
         parts = {name: part.state_dict() for name, part in vars(self).items() if hasattr(part, "state_dict")}
         generators = {name: getattr(self, name).get_state() for name in ("host_rng", "device_rng")}
@@ -300,8 +308,8 @@ class State:
 
     def load_state_dict(self, saved: dict, processes: Processes) -> None:
         """saved: with the losses of all processes. Any exception means that it does not fit."""
-        for theirs, own in zip(saved["optimizer"]["param_groups"], self.optimizer.param_groups):
-            theirs["fused"] = own["fused"]  # or a state from another device would not be moved
+        # our own: where a state from another device says fused=False, it would not be moved to this one
+        saved["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]
         for name, part in vars(self).items():
             if hasattr(part, "load_state_dict"):
                 part.load_state_dict(saved[name])
@@ -314,12 +322,12 @@ class State:
         self.host_rng.set_state(saved["host_rng"])
         if saved["device"] == processes.device.type:
             self.device_rng.set_state(saved["device_rng"])
-        else:
+        else:  # another kind of generator: it goes on with other noise
             self.device_rng.manual_seed(self.device_rng.initial_seed() + self.step)
-            print(f"resumed on {processes.device.type}, not {saved['device']}: the noise to come is another")
 
 
-class Run(NamedTuple):
+@dataclass
+class Run:
     """What saving and printing need to know."""
     folder: Path
     s: Settings
@@ -327,56 +335,47 @@ class Run(NamedTuple):
     dataset: Dataset
     processes: Processes
 
+    def __post_init__(self):
+        self.begin = self.clock = time.time()  # of this call; of the steps since the last line of the log
+        self.begin_step = 0
+
+    @property
+    def identity(self) -> dict:
+        """What must be the same for a run to go on. Datasets may move, but not hold other images."""
+        fixed = {name: value for name, value in asdict(self.s).items() if name not in MAY_CHANGE}
+        images = f"{len(self.dataset.images)} images of classes {', '.join(self.dataset.classes)}"
+        return fixed | asdict(self.state.model.config) | {"dataset": images}
+
     @property
     def masked_cost(self) -> int:
         """Multiply-adds of a step without slices or a curriculum."""
-        (_, s, state, _, processes), config = self, self.state.model.config
-        most = max(range(1, T + 1), key=lambda t: sum(flops.channels(config, t).values()))
-        share = elastic_shares(s.batch_size, config.rho_min) if config.method == "elastic" else None
-        return flops.train_step(config, [most] * s.batch_size, 1, 1, s.orthogonality > 0, processes.count,
-                                share, share is not None and s.distil > 0)
+        s, config = self.s, self.state.model.config
+        distil = config.method == "elastic" and s.distil > 0
+        return flops.training_run(config, 1, s.batch_size, penalty=s.orthogonality > 0, distil=distil)
+
+    def all_losses(self) -> torch.Tensor:
+        """Of whole batches since the last line, (steps, B) on the CPU; only this awaits the device. Raises
+        InputError if they or the weights are not finite."""
+        mine = torch.stack(self.state.losses).cpu() if self.state.losses else torch.zeros(0, 0)
+        losses = torch.stack(self.processes.gather(mine), dim=2).flatten(1)
+        norms = torch.stack(torch._foreach_norm(list(self.state.model.parameters())))
+        if not (losses.isfinite().all() and norms.isfinite().all()):
+            end_progress()
+            raise InputError(f"the loss stopped being finite before step {self.state.step}; go on from what "
+                             f"was saved before: try --resume --out {self.folder} --lr {self.s.lr / 2:g}")
+        return losses
 
 
 def save(run: Run) -> None:
     """Writes model.pt and state.pt. Raises InputError instead if a number in them is not finite."""
-    state, losses = run.state, run.state.all_losses(run.processes)
-    norms = torch.stack(torch._foreach_norm(list(state.model.parameters()))).cpu()
-    check_finite(run, torch.cat([norms, losses.flatten()]))
+    state, losses = run.state, run.all_losses()
     if run.processes.number:
         return
-    final = dict(config=asdict(state.model.config), model=state.ema.state_dict(), classes=run.dataset.classes,
-                 guidance=run.s.guidance, step=state.step)
-    write_then_rename(run.folder / "model.pt", lambda file: torch.save(final, file))
+    save_model(run.folder / "model.pt", state.ema, run.dataset.classes, run.s.guidance, state.step)
     # last: a kill between the two is made good when the run goes on from the older state
-    everything = state.state_dict() | dict(losses=list(losses), settings=fixed_settings(run.s),
+    everything = state.state_dict() | dict(losses=list(losses), settings=run.identity,
                                            device=run.processes.device.type)
     write_then_rename(run.folder / "state.pt", lambda file: torch.save(everything, file))
-
-
-def load(path: Path, s: Settings, state: State, processes: Processes) -> None:
-    """Raises InputError if the file is damaged or of another run."""
-    saved = read_checkpoint(path, (*vars(state), "device", "settings"))
-    settings = saved["settings"]  # those that an older version does not have are at their defaults
-    if not isinstance(settings, dict) or fixed_settings(Settings()) | settings != fixed_settings(s):
-        raise InputError(f"{path} belongs to a run with other settings than its config.json")
-    try:
-        state.load_state_dict(saved, processes)
-    except Exception as error:  # a damaged file can fail in any way
-        raise InputError(f"{path} does not fit config.json: {one_line(error)}") from None
-    if state.step > s.steps:
-        raise InputError(f"{path} has already trained {state.step} steps; --steps {s.steps} takes none back")
-
-
-def fixed_settings(s: Settings) -> dict:
-    return {name: value for name, value in asdict(s).items() if name not in MAY_CHANGE}
-
-
-def check_finite(run: Run, values: torch.Tensor) -> None:
-    if not values.isfinite().all():
-        end_progress()
-        kept = "keeps its last good state" if (run.folder / "state.pt").exists() else "holds no state yet"
-        raise InputError(f"the loss stopped being finite before step {run.state.step}; {run.folder} {kept}: "
-                         f"try --resume --out {run.folder} --lr {run.s.lr / 2:g}")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -384,154 +383,117 @@ def check_finite(run: Run, values: torch.Tensor) -> None:
 
 
 def open_run(argv: list[str] | None) -> tuple[Run, dict]:
-    """The run that a command line begins or goes on with, and the flags given. Raises InputError."""
-    folder, s, given, saved = read_command_line(argv)
+    """The run that a command line begins or goes on with, and the flags given. Nothing is written before
+    everything that a person can get wrong has been checked. Raises InputError."""
+    folder, s, flags, given = read_command_line(argv)
     processes = Processes(pick_device(s.device))
-    for number in range(processes.count):  # in turns: what the first one downloads or caches, the others find
-        if number == processes.number:
-            source = open_source(s.dataset, s.data_dir, image_size=s.image_size, seed=s.seed)
-            config = choose_config(source, s, given, saved, processes)
-            dataset = decode(source, s.data_dir).to(processes.device)
+    if s.batch_size % processes.count:
+        raise InputError(f"--batch-size {s.batch_size} must be a multiple of the {processes.count} processes")
+    if processes.number:
+        processes.gather(None)  # waits for the first one: what that downloads or caches, the others find
+    source = open_source(s.dataset, s.data_dir, image_size=s.image_size, seed=s.seed)
+    (height, width), classes = source.read(0, 1).shape[2:], len(source.classes)
+    if height != width:
+        raise InputError(f"{source.name} has images of {width}x{height}; --image-size N makes them square")
+    config = preset_config(s.model, flags | {"image_size": height}, num_classes=classes)
+    if config.num_classes < classes:
+        raise InputError(f"{source.name} has {classes} classes, the model only {config.num_classes}")
+    dataset = decode(source, s.data_dir).to(processes.device)
+    if not processes.number:
         processes.gather(None)
-    state = State(s, config, processes.device)
-    if saved and (folder / "state.pt").exists():
-        load(folder / "state.pt", s, state, processes)
-    return Run(start_folder(folder, s, state, dataset, processes), s, state, dataset, processes), given
+    if folder is None:
+        name = f"{Path(s.dataset).stem}-{s.model.replace('/', '-')}-{config.method}"
+        folder = processes.gather(numbered_folder(Path("runs"), name))[0]
+    run = Run(folder, s, State(s, config, processes.device), dataset, processes)
+    if (folder / "state.pt").exists():
+        load(run)
+    if processes.number == 0:
+        start_run(folder, dict(model=asdict(config), train=asdict(s)), run.state.lines)
+    return run, given
 
 
 def read_command_line(argv: list[str] | None):
-    """(run folder or None where one is to be made, settings, flags given, config.json's content or None).
-    Nothing is created before everything that a person can get wrong has been checked."""
+    """(run folder, None where one is to be made; settings; all flags, where a run goes on with those that it
+    has; those given)"""
     parser = Parser(description=__doc__.replace("{TINY}", ", ".join(f"{k} {v}" for k, v in TINY.items())))
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: a new one under runs/)")
     parser.add_argument("--resume", action="store_true",
                         help="go on with the run in --out (default: the newest under runs/)")
     add_flags(parser.add_argument_group("training"), Settings)
     add_flags(parser.add_argument_group("model"), Config)
-    args = parser.parse_args(argv)
-    given = {k: v for k, v in vars(args).items() if v is not None and k not in ("out", "resume")}
-    folder = newest_run(file="config.json") if args.resume and not args.out else args.out
-    if not args.resume and folder and (folder.is_file() or (folder / "config.json").exists()):
-        raise InputError(f"{folder} already holds a run; go on with it by --resume, or choose another --out")
-    if args.resume and not given and not folder.exists():
-        raise InputError(f"--resume: {folder} does not exist; name the folder of a run")
-    if not args.resume or not (folder / "config.json").exists():  # or a job was killed early
-        return folder, choose_settings(given), given, None
-    config, s, saved = read_config(folder)
-    known = asdict(s) | asdict(config)
-    differ = [f"{flag(k)} {v} (the run has {known[k]})" for k, v in given.items()
-              if k not in MAY_CHANGE and v != known[k]]
-    if differ:
-        raise InputError(f"cannot resume {folder} with other settings: {', '.join(differ)}; leave them out, "
-                         "or train a new run without --resume")
-    s = replace(s, **{k: v for k, v in given.items() if k in MAY_CHANGE})
-    check_fields(s)
-    return folder, s, given, saved
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    folder, is_there = find_run(given)
+    flags = given
+    if is_there:
+        config, s = read_config(folder)
+        flags = asdict(config) | asdict(s) | given
+    return folder, choose_settings(flags), flags, given
 
 
-def read_config(folder: Path) -> tuple[Config, Settings, dict]:
-    """The model, the settings and all else in a run's config.json. Raises InputError."""
+def read_config(folder: Path) -> tuple[Config, Settings]:
+    """Model and settings of a run, from its config.json. Raises InputError."""
     path = folder / "config.json"
     try:
         saved = json.loads(path.read_bytes())
-        if "rank_execution" in saved["train"]:
-            raise ValueError("rank_execution is of an older version, whose runs still sample but cannot be "
-                             "resumed; train anew, --slices N does what sorted execution did")
-        config, s = Config(**saved["model"]), Settings(**saved["train"])
-        check_fields(s)
-        s.curriculum_groups + 0, saved["n_images"], saved["classes"]  # must be there
+        return Config(**saved["model"]), Settings(**saved["train"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path} is not a run's settings ({one_line(error)})") from None
-    return config, s, saved
+        raise InputError(f"{path} is not a run's settings, or those of an older version, whose runs still "
+                         f"sample but cannot go on: train anew ({one_line(error)})") from None
 
 
-def choose_config(source: Source, s: Settings, given: dict, saved: dict | None, processes) -> Config:
-    """The model for these images, or that of the resumed run. Raises InputError where things do not fit."""
-    (height, width), classes, name = source.read(0, 1).shape[2:], source.classes, source.name
-    if height != width:
-        raise InputError(f"{name} has images of {width}x{height}; --image-size N crops them to squares")
-    if s.batch_size % processes.count:
-        raise InputError(f"--batch-size {s.batch_size} must be a multiple of the {processes.count} processes")
-    if saved and (saved["n_images"], saved["classes"]) != (len(source), classes):
-        raise InputError(f"{name} has {len(source)} images of {len(classes)} classes; the run was trained on "
-                         "others, and to go on they must be the same")
-    given = given | {"image_size": height}
-    config = Config(**saved["model"]) if saved else preset_config(s.model, given, num_classes=len(classes))
-    if config.num_classes < len(classes) or config.image_size != height:
-        raise InputError(f"{name} has {len(classes)} classes of {height}x{width} images, the model "
-                         f"{config.num_classes} classes of {config.image_size}x{config.image_size}")
-    return config
-
-
-def start_folder(folder: Path | None, s: Settings, state: State, dataset: Dataset, processes) -> Path:
-    """Makes the run folder. Everything that can be wrong has been checked: only now is anything written, and
-    by process 0 alone."""
-    if folder is None:
-        name = f"{Path(s.dataset).stem}-{s.model.replace('/', '-')}-{state.model.config.method}"
-        folder = processes.gather(numbered_folder(Path("runs"), name))[0]
-    if processes.number:
-        return folder
-    claim_folder(folder)
-    text = json.dumps({"dataset": dataset.name, "n_images": len(dataset.images), "classes": dataset.classes,
-                       "model": asdict(state.model.config), "train": asdict(s)}, indent=2)
-    write_then_rename(folder / "config.json", lambda file: file.write(text.encode()))
-    metrics = folder / "metrics.jsonl"  # lines after the state was saved will be written again
-    lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
-    write_then_rename(metrics, lambda file: file.writelines(lines[:state.lines]))
-    return folder
+def load(run: Run) -> None:
+    """Goes on from state.pt. Raises InputError if that is damaged or of another run."""
+    path, now = run.folder / "state.pt", run.identity
+    saved = read_checkpoint(path, (*vars(run.state), "device", "settings"))
+    try:
+        # None: older versions kept --image-size here, which may be left to the images
+        differ = [f"{flag(name)} {str(now.get(name))[:40]} (the run has {str(was)[:40]})"
+                  for name, was in saved["settings"].items() if was not in (None, now.get(name))]
+        if differ:
+            raise ValueError("cannot resume with other settings or images, but train a new run: "
+                             f"{', '.join(differ)}")
+        run.state.load_state_dict(saved, run.processes)
+        if run.state.step > run.s.steps:
+            raise ValueError(f"it has trained {run.state.step} steps, --steps {run.s.steps} takes none back")
+    except Exception as error:  # a damaged file can fail in any way
+        raise InputError(f"{path} does not fit: {one_line(error)}") from None
+    run.begin_step = run.state.step
 
 
 # ----------------------------------------------------------------------------------------------------
 # What is printed
 
 
-class Log:
-    """Lines of metrics.jsonl, and of progress."""
-
-    def __init__(self, run: Run):
-        self.run, self.begin, self.begin_step, self.clock = run, time.time(), run.state.step, time.time()
-        self.eps_factor = eps_loss_factor(run.state.model.config.predict, NOISE)
-
-    def write(self, lr: float) -> None:
-        """A line on the steps since the last one; the curriculum sees their losses."""
-        (folder, s, state, _, processes), curriculum = self.run, self.run.state.curriculum
-        losses, t = state.all_losses(processes).double(), torch.stack(state.timesteps)  # (steps, B)
-        check_finite(self.run, losses)
-        curriculum.observe(state.step - len(losses), losses.mean(1).tolist())
-        losses = losses * self.eps_factor[t]  # reported losses are those of eps
-        group = np.searchsorted(LOSS_GROUPS, t.flatten().numpy(), side="right") - 1
-        sums, counts = (np.bincount(group, w, len(LOSS_GROUPS)) for w in (losses.flatten().numpy(), None))
-        k = max(flops.channels_from(state.model.config, curriculum.t_low).values(), default=None)
-        now, done = time.time(), state.step - self.begin_step
-        rate, left = min(done, len(losses)) * s.batch_size / (now - self.clock), s.steps - state.step
-        line = dict(step=state.step, loss=losses.mean().item(),
-                    loss_by_group=[float(a / n) if n else None for a, n in zip(sums, counts)], lr=lr,
-                    stage=curriculum.stage, t_low=curriculum.t_low, t_high=T, active_rank=k,
-                    images_per_s=rate, flops=state.spent)
-        if processes.number == 0:
-            with open(folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-        show_progress(f"step {state.step}/{s.steps}, loss {line['loss']:.4f}, lr {lr:.1e}, "
-                      f"stage {curriculum.stage + 1}/{len(curriculum.starts)}, rank {k or 'full'}, "
-                      f"{rate:.0f} images/s, {duration((now - self.begin) / done * left)} left")
-        state.losses, state.timesteps, state.lines = [], [], state.lines + 1
-
-
-def save_samples(run: Run, name: str) -> str:
-    """Draws a grid; returns its path and what its columns are."""
-    classes, columns = run.dataset.classes, grid_columns(len(run.dataset.classes))
+def write_log(run: Run, lr: float) -> None:
+    """A line of metrics.jsonl on the steps since the last one; the curriculum sees their losses."""
+    s, state, config, curriculum = run.s, run.state, run.state.model.config, run.state.curriculum
+    losses, t = run.all_losses().double(), torch.stack(state.timesteps)  # (steps, B)
+    curriculum.observe(state.step - len(losses), losses.mean(1).tolist())
+    losses = losses * eps_loss_factor(config.predict, NOISE)[t]  # reported losses are those of eps
+    group = torch.bucketize(t, torch.tensor(LOSS_GROUPS), right=True) - 1
+    by_group = [losses[group == i] for i in range(len(LOSS_GROUPS))]
+    k = max(flops.channels_from(config, curriculum.t_low).values(), default=None)
+    done = state.step - run.begin_step
+    rate = min(done, len(losses)) * s.batch_size / (time.time() - run.clock)
+    line = dict(step=state.step, loss=losses.mean().item(),
+                loss_by_group=[x.mean().item() if len(x) else None for x in by_group], lr=lr,
+                stage=curriculum.stage, t_low=curriculum.t_low, t_high=T, active_rank=k, images_per_s=rate,
+                flops=state.spent)
     if run.processes.number == 0:
-        images, _ = draw_images(run.state.ema, range(100), range(len(classes)), guidance=run.s.guidance)
-        save_grid(run.folder / "samples" / name, images, columns)
-    columns_are = f" (columns: {', '.join(classes)})" if len(classes) == columns else ""
-    return f"{run.folder / 'samples' / name}{columns_are}"
+        with open(run.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+    left = (time.time() - run.begin) / done * (s.steps - state.step)
+    show_progress(f"step {state.step}/{s.steps}, loss {line['loss']:.4f}, lr {lr:.1e}, "
+                  f"stage {curriculum.stage + 1}/{len(curriculum.starts)}, rank {k or 'full'}, "
+                  f"{rate:.0f} images/s, {duration(left)} left")
+    state.losses, state.timesteps, state.lines = [], [], state.lines + 1
 
 
 def print_summary(run: Run, given: dict, dtype: torch.dtype) -> None:
     """What will be trained, and a line for each flag that was given and changes nothing."""
-    (folder, s, state, dataset, processes), config = run, run.state.model.config
+    s, dataset, config, processes = run.s, run.dataset, run.state.model.config, run.processes
     size, classes = config.image_size, len(dataset.classes) or "no"
-    print(f"run         {folder}" + (f", going on after step {state.step}" if state.step else ""))
+    print(f"run         {run.folder}" + (f", going on after step {run.begin_step}" if run.begin_step else ""))
     print(f"device      {processes.device}, {dtype}, processes: {processes.count}, compiled: {s.compile}")
     print(f"data        {dataset.name}: {len(dataset.images):,} images {size}x{size}, {classes} classes")
     print(f"model       {s.model}, {summary(config)}")
@@ -541,7 +503,7 @@ def print_summary(run: Run, given: dict, dtype: torch.dtype) -> None:
             (config.method == "full", "keep factorise dense_mlp_blocks orthogonality", "--method full"),
             (config.method != "elastic", "distil", "only --method elastic has samples of fewer channels"),
             (config.rank_schedule() is None, "rank_profile warm_start rank_multiple",
-             f"--method {config.method} has no rank schedule"),
+             "the method has no rank schedule"),
             (config.method in ("full", "static"), "rho_min slices", "every sample uses all channels"),
             (config.rank_schedule() and isinstance(config.rank_profile, tuple), "rho_min warm_start",
              "the rank profile says it all"),
@@ -551,21 +513,6 @@ def print_summary(run: Run, given: dict, dtype: torch.dtype) -> None:
         for name in names.split():
             if applies and name in given:
                 print(f"note: {flag(name)} has no effect: {why}")
-
-
-def print_end(run: Run, begin: float) -> None:
-    folder, s, state, *_ = run
-    end_progress()
-    if state.step < s.steps:
-        print(f"stopped after step {state.step}; go on with: python train.py --resume --out {folder}",
-              file=sys.stderr)
-        sys.exit(130)
-    saved = 1 - state.spent / (run.masked_cost * s.steps)
-    print(f"done, {duration(time.time() - begin)} in this call: {state.spent:.3g} multiply-adds" +
-          (f", {saved:.1%} less than without curriculum and slices" if saved > 0 else ""))
-    if s.sample_every:
-        print(f"picture     {save_samples(run, 'final.png')}")
-    print(f"more        python sample.py --run {folder}\nlosses      python experiments/curves.py {folder}")
 
 
 if __name__ == "__main__":

@@ -227,14 +227,14 @@ def go_on(run: train.Run, take_step: Callable[[train.Batch], torch.Tensor], cost
           before_save: Callable[[], None] = lambda: None) -> None:
     """The loop of train.py, without a curriculum, from where the run stands to its last step. take_step moves the
     weights and gives the losses (B,) of a batch, for `cost` multiply-adds."""
-    s, state, log = run.s, run.state, train.Log(run)
+    s, state = run.s, run.state
     while state.step < s.steps:
         lr = train.learning_rate(state.step, 0, 0, s)
         for group in state.optimizer.param_groups:
             group["lr"] = lr
-        batch, t, _ = train.draw_batch(run.dataset, state, s)
+        batch = train.draw_batch(run.dataset, state, s)
         state.losses.append(take_step(batch))
-        state.timesteps.append(t)
+        state.timesteps.append(batch.t)
         train.update_ema(state, s)
         state.spent += cost
         state.step += 1
@@ -242,12 +242,12 @@ def go_on(run: train.Run, take_step: Callable[[train.Batch], torch.Tensor], cost
             if not torch.stack(state.losses).isfinite().all():
                 raise InputError(f"the loss stopped being finite before step {state.step}; delete {run.folder} "
                                  "and try a lower learning rate")
-            log.write(lr)
+            train.write_log(run, lr)
         if state.step % s.save_every == 0 or state.step == s.steps:
             before_save()
             train.save(run)
         if not state.losses:
-            log.clock = time.time()
+            run.clock = time.time()
     end_progress()
 
 

@@ -185,7 +185,7 @@ def read_command_line():
             raise InputError("--teacher is one run; leave --seeds out")
         if not (args.teacher / "config.json").exists():
             raise InputError(f"--teacher {args.teacher} has no config.json; give the folder of a run of train.py")
-        config, s, _ = train.read_config(args.teacher)
+        config, s = train.read_config(args.teacher)
         defaults = dict(dataset=s.dataset, image_size=config.image_size, model=s.model, steps=s.steps,
                         batch_size=s.batch_size)
     for name, value in defaults.items():

@@ -19,9 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's top level
 import plot
-from sample import newest_run
 from schedule import T
-from script import InputError, Parser, positive_int, run_script
+from script import InputError, Parser, newest_run, positive_int, run_script
 from train import LOSS_GROUPS
 
 GROUPS = [f"t {first}-{after - 1}" for first, after in zip(LOSS_GROUPS, [*LOSS_GROUPS[1:], T + 1])]

@@ -24,7 +24,6 @@ same flags. Flags that are not listed here go to train.py, such as --predict eps
 import math
 import statistics
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -38,9 +37,9 @@ from common import GROUP_EDGES, GROUP_NAMES
 from curriculum import uniform
 from data import Dataset, load
 from model import DiT, parameter_count
-from sample import load_model
+from sample import load_model, save_model
 from schedule import T
-from script import Parser, pick_device, pick_dtype, positive_int, run_script, write_then_rename
+from script import Parser, pick_device, pick_dtype, positive_int, run_script
 
 GROUPS = [(first, end - 1) for first, end in zip(GROUP_EDGES, GROUP_EDGES[1:])]
 BIN = 20  # timesteps in a point of the loss curve
@@ -103,9 +102,7 @@ def train_on(folder: Path, flags: list[str], first: int, last: int) -> None:
         return train.train_step(state.model, state, batch, run.s, dtype=dtype)
 
     def keep_model() -> None:  # before the state: what a kill cuts off is done again
-        kept = dict(config=asdict(state.model.config), model=state.ema.state_dict(), classes=run.dataset.classes,
-                    guidance=run.s.guidance, step=state.step)
-        write_then_rename(folder / checkpoint(state.step), lambda file: torch.save(kept, file))
+        save_model(folder / checkpoint(state.step), state.ema, run.dataset.classes, run.s.guidance, state.step)
 
     common.go_on(run, take_step, run.masked_cost, keep_model)
 

@@ -849,7 +849,8 @@ def test_distillation_written_out(predict, few, tmp_path):
     draws = train.State(s, student.config, CPU)
     for step in range(4):
         draws.step = step
-        batch, t, _ = train.draw_batch(dataset, draws, s)
+        batch = train.draw_batch(dataset, draws, s)
+        t = batch.t
         ab = NOISE.alpha_bar[t].float().view(-1, 1, 1, 1)
         x_t = ab.sqrt() * batch.x_0 + (1 - ab).sqrt() * batch.eps
         error = (torch.func.functional_call(student, weights, (x_t, t, batch.y)) - teacher(x_t, t, batch.y)) ** 2
