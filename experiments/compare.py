@@ -11,7 +11,7 @@ NA-LR section 3, Tables 1 and 3. All runs have the same data, steps, batch and m
 
     static            one rank for all t, of the share that --keeps names
     iso-compute       the paper's schedule, of the same sampling cost
-    fitted            another profile of the same cost, from fit_ranks.py: FIT/OBJECTIVE-KEEP.json
+    fitted            another profile of the same cost, from fit_ranks.py: FIT/OBJECTIVE-KEEP.train.json
     iso-compute-eps   the paper's schedule and its target: predicts eps, where the other rows predict v
     elastic           one run for all keeps, sampled with that constant share of its channels
     full, iso-param   all channels; the paper's schedule with static's parameters
@@ -91,7 +91,7 @@ def list_judged(rows: list[str], keeps: list[float], seeds: int, fit: Path | Non
                 if row not in ("full", "elastic"):
                     flags["keep"] = keep
                 if row == "fitted":
-                    flags["rank_profile"] = fit / f"{objective}-{keep:g}.json"
+                    flags["rank_profile"] = fit / f"{objective}-{keep:g}.train.json"
                 run = row if keep is None or row == "elastic" else f"{row}-{keep:g}"
                 found.append(Judged(row, keep, seed, f"{run}-s{seed}", flags))
     return found

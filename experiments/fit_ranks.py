@@ -4,7 +4,7 @@
     python experiments/classifier.py --dataset shapes --out shapes_clf.pt
     python experiments/fit_ranks.py --run runs/elastic --dataset shapes --classifier shapes_clf.pt
     python sample.py --run runs/elastic --ranks runs/elastic/ranks/elbo-0.25.json
-    python train.py --rank-profile runs/elastic/ranks/elbo-0.25.json --keep 0.25          a model of its own
+    python train.py --rank-profile runs/elastic/ranks/elbo-0.25.train.json --keep 0.25    a model of its own
 
 NA-LR fixes Phi(t) by hand and calls learning it future work. An elastic model has trained every share at every t, so
 the harm that few channels do can be measured: a table, groups of log-SNR by shares, for each of four objectives.
@@ -14,7 +14,9 @@ the harm that few channels do can be measured: a table, groups of log-SNR by sha
     class      how far eps with the label minus eps without it moves, weighted alike: what the label says of the image
     rollout    how far images move, in a classifier's features, when one group of a sampler's steps has few channels
 
-A profile for a budget then has the least sum of harms among those whose sampling costs what a constant share does.
+A profile for a budget then has the least sum of harms among those whose sampling costs what a constant share does. It
+comes in two files: for sample.py in shares of all channels; for train.py, which chooses the number of channels itself,
+scaled so that the largest share is 1.
 Losses are those of every second held-out image, rollouts start from seed 1; compare.py and elastic.py judge by the
 other images and by seed 0.
 """
@@ -273,9 +275,11 @@ def print_layers(model: DiT, images: Dataset, groups: list[range], per_group: in
 # The script
 
 
-def as_json(profile: Profile) -> dict:
-    t, share = zip(*profile)
-    return dict(t=t, share=share)
+def write_profile(path: Path, profile: Profile) -> None:
+    """NAME.json, and NAME.train.json, whose largest share is 1: train.py has no channels that no t uses."""
+    t, shares = zip(*profile)
+    plot.write_json(path, dict(t=t, share=shares))
+    plot.write_json(path.with_suffix(".train.json"), dict(t=t, share=[share / max(shares) for share in shares]))
 
 
 def draw(harms: dict, fitted: dict, groups: list[range], shares: list[float], out: Path) -> None:
@@ -356,7 +360,7 @@ def main():
             constant = harm_of_constant(harm, config, share)
             fitted[objective, share] = profile
             path = args.out / f"{objective}-{share:g}.json"
-            plot.write_json(path, as_json(profile))
+            write_profile(path, profile)
             rows.append({"objective": objective, "share": share, "fitted / constant": least / constant,
                          "never rising / constant": falling / constant, "file": str(path)}
                         | {f"{group[0]}-{group[-1]}": s for group, (_, s) in zip(groups, profile)})
@@ -367,7 +371,7 @@ def main():
     draw(harms, fitted, groups, shares, args.out)
     plot.write_json(args.out / "harm.json", dict(settings=vars(args), nats=nats, shares=SHARES, layers=layers,
                                                  groups=[(g[0], g[-1]) for g in groups], harm=harms))
-    print(f"wrote {len(rows)} profiles, harm.json, harm.png and profiles.png in {args.out}")
+    print(f"wrote {len(rows)} profiles, each to sample and to train, harm.json, harm.png and profiles.png in {args.out}")
 
 
 if __name__ == "__main__":

@@ -567,7 +567,7 @@ def test_order_and_time_of_the_compared_runs():
     runs = {one.run: one.flags for one in judged}
     assert list(runs)[:5] == ["full-s0", "static-0.5-s0", "static-0.25-s0", "fitted-0.5-s0", "fitted-0.25-s0"]
     assert len(runs) == 12 and "elastic-s1" in runs and "keep" not in runs["elastic-s0"] | runs["full-s0"]
-    assert runs["fitted-0.25-s1"] == dict(method="iso-compute", keep=0.25, rank_profile=Path("fits/elbo-0.25.json"))
+    assert runs["fitted-0.25-s1"] == dict(method="iso-compute", keep=0.25, rank_profile=Path("fits/elbo-0.25.train.json"))
     assert [one.shares.ranks for one in judged if one.row == "elastic"] == 2 * [((1, 0.5),), ((1, 0.25),)]
     log = [{"step": 100, "images_per_s": 80.0}, {"step": 150, "images_per_s": 40.0}]  # of 8: 10 s and 10 s
     assert compare.seconds_of(log, 8) == pytest.approx(20)
@@ -601,7 +601,7 @@ def test_differences_of_rows(capsys):
 def test_compare_script(few, tmp_path):
     """Measures what --only names, once; a run of another length is refused before anything is done."""
     (tmp_path / "fit").mkdir()
-    (tmp_path / "fit" / "elbo-0.25.json").write_text('{"t": [1, 500], "share": [0.2, 0.6]}')
+    (tmp_path / "fit" / "elbo-0.25.train.json").write_text('{"t": [1, 500], "share": [0.2, 0.6]}')
     flags = [*few, "--steps", 4, "--num", 10, "--per-group", 5, "--sampling-steps", 2, "--out", tmp_path, "--seeds", 2,
              "--keeps", "0.25,0.5", "--rows", "static,iso-compute,elastic", "--", "--ema-decay", "0.5"]
     out = runs(compare, *flags, "--only", "static-0.25-s0,static-0.25-s1,elastic-s0")
@@ -777,6 +777,9 @@ def test_fit_and_judge_scripts(few, elastic_run, tmp_path):
         profile = model.read_profile(str(tmp_path / "fit" / f"{objective}-0.25.json"))
         cost = flops.sampling(opened(run)[0].config, 4, ranks=profile)
         assert cost <= flops.sampling(opened(run)[0].config, 4, ranks=((1, 0.25),))
+        scaled = model.read_profile(str(tmp_path / "fit" / f"{objective}-0.25.train.json"))
+        largest = max(share for _, share in profile)
+        assert scaled == tuple((t, pytest.approx(share / largest)) for t, share in profile)
     file = tmp_path / "fit" / "elbo-0.5.json"
     assert "less than with all channels" in runs(sample, "--run", run, "--ranks", file, "--num", 4, "--steps", 2)
     table = [*flags, "--num", 4, "--sampling-steps", 2, "--shares", "0.5,0.25", "--fit", tmp_path / "fit", "--out", tmp_path]
