@@ -90,16 +90,17 @@ def one_image(config: Config, *t: int, share: float = 1.0) -> tuple[int, int]:
 
 
 def sampling(config: Config, steps: int = 100, guidance: bool = False, ranks: Profile | None = None,
-             guide_share: float = 1.0, same_labels: bool = False) -> int:
+             guide_share: float = 1.0, same_labels: bool = False, sampler: str = "ddim") -> int:
     """Multiply-adds of sampling one image, each pass sliced to its Phi(t). NA-LR Eq. (5).
 
     guidance: classifier-free guidance, two passes a step. Timestep and label layers count for every
     image, though a batch computes them once.
     ranks, guide_share: as in `sample.Shares`
     same_labels: of both passes, so that where their shares are equal too, one is enough
+    sampler: heun looks at the end of its steps, too, but for the first and the last one
     """
-    total = 0
-    for t in sampling_timesteps(steps)[:-1]:
+    total, visited = 0, sampling_timesteps(steps)
+    for t in visited[:-1] + (visited[2:-1] if sampler == "heun" else []):
         share = share_at(ranks, t) if ranks else 1.0
         total += one_image(config, t, share=share)[0]
         if guidance and not (same_labels and guide_share >= share):

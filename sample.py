@@ -1,4 +1,4 @@
-"""DDPM, DDIM and classifier-free guidance, and the script that draws images from a trained run.
+"""Samplers (DDIM, DDPM, Heun, DPM-Solver++), guidance, and the script that draws images from a trained run.
 
     python sample.py                            100 images of all classes from the newest run, as a grid
     python sample.py --classes 3,9 --num 16     sixteen images of classes 3 and 9 in turn
@@ -169,6 +169,56 @@ def ddpm(model: DiT | Predictor, x: torch.Tensor, steps: int = 100, y: torch.Ten
         yield x
 
 
+@torch.no_grad()
+def heun(model: DiT | Predictor, x: torch.Tensor, steps: int = 100, y: torch.Tensor | None = None,
+         guidance: float = 2.0, clip: bool = True, shares: Shares = Shares(),
+         timesteps: list[int] | None = None) -> Iterator[torch.Tensor]:
+    """Heun's second-order method in sigma = sqrt((1 - ab) / ab) (Karras et al. 2022, Algorithm 1).
+
+    The slope of x / sqrt(ab) by sigma is eps, so a step of DDIM is Euler's; here the slope at its end is
+    averaged with that at its start, for a second pass. The step that leaves T, where sigma falls from 20,290
+    to some tens, and the one that reaches 0 are DDIM's. Arguments and what it yields: as `ddim`.
+    """
+    denoise, alpha_bar = denoiser(model, y, guidance, clip, shares), NoiseSchedule().alpha_bar.tolist()
+    visited = timesteps or sampling_timesteps(steps)
+    for t, t_next in zip(visited, visited[1:]):
+        (ab, ab_next), (x_0, eps) = (alpha_bar[t], alpha_bar[t_next]), denoise(x, t)
+        euler = ab_next**0.5 * x_0 + (1 - ab_next) ** 0.5 * eps
+        if t < T and t_next > 0:
+            _, eps_next = denoise(euler, t_next)
+            step = ((1 - ab_next) / ab_next) ** 0.5 - ((1 - ab) / ab) ** 0.5  # of sigma
+            start = x_0 + ((1 - ab) / ab) ** 0.5 * eps  # x / sqrt(ab)
+            x = ab_next**0.5 * (start + step * (eps + eps_next) / 2)
+        else:
+            x = euler
+        yield x
+
+
+@torch.no_grad()
+def dpmpp(model: DiT | Predictor, x: torch.Tensor, steps: int = 100, y: torch.Tensor | None = None,
+          guidance: float = 2.0, clip: bool = True, shares: Shares = Shares(),
+          timesteps: list[int] | None = None) -> Iterator[torch.Tensor]:
+    """DPM-Solver++ (2M) (Lu et al. 2022, Algorithm 2): second order at one pass a step.
+
+    Each step is DDIM's, but towards an x_0 extrapolated from this step's and the last one's, linearly in half
+    the log-SNR. The first step, which has no last one, and the one that reaches 0 are DDIM's. Arguments and
+    what it yields: as `ddim`.
+    """
+    denoise, alpha_bar = denoiser(model, y, guidance, clip, shares), NoiseSchedule().alpha_bar.tolist()
+    half_log_snr = (NoiseSchedule().log_snr / 2).tolist()
+    visited, last_x_0, last_h = timesteps or sampling_timesteps(steps), None, None
+    for t, t_next in zip(visited, visited[1:]):
+        (ab, ab_next), (x_0, _) = (alpha_bar[t], alpha_bar[t_next]), denoise(x, t)
+        goal, h = x_0, half_log_snr[t_next] - half_log_snr[t]
+        if last_x_0 is not None and t_next > 0:
+            goal = x_0 + h / (2 * last_h) * (x_0 - last_x_0)
+        x = ab_next**0.5 * goal + ((1 - ab_next) / (1 - ab)) ** 0.5 * (x - ab**0.5 * goal)
+        last_x_0, last_h = x_0, h
+        yield x
+
+
+SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "heun": heun, "dpm++": dpmpp}
+
 # ----------------------------------------------------------------------------------------------------
 # Images
 
@@ -200,10 +250,8 @@ def draw_images(model: DiT, indices: range, classes: list[int], seed: int = 0, s
     noise = ImageNoise(seed, indices, (model.config.channels,) + (model.config.image_size,) * 2, device)
     labels = torch.tensor([classes[i % len(classes)] for i in indices]) if classes else None
     y = None if labels is None else labels.to(device)
-    if sampler == "ddim":
-        images = ddim(model, noise(), steps, y, guidance, clip, shares)
-    else:
-        images = ddpm(model, noise(), steps, y, guidance, clip, shares, noise=noise)
+    more = dict(noise=noise) if sampler == "ddpm" else {}
+    images = SAMPLERS[sampler](model, noise(), steps, y, guidance, clip, shares, **more)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for done, x in enumerate(images, 1):
             on_step(done)
@@ -286,7 +334,8 @@ class Options:
     first: int = setting(0, "number of the first image: image i of a seed is the same in any call, so "
                          "several processes can share out a large set", low=0)
     classes: str = setting("all", "numbers or names, e.g. 0,3 or star,heart, in turns", metavar="LIST")
-    sampler: str = setting("ddim", "ddim: deterministic; ddpm: ancestral", choices=("ddim", "ddpm"))
+    sampler: str = setting("ddim", "ddim: deterministic; ddpm: ancestral; heun, dpm++: of second order, with "
+                           "nearly two passes a step, and with one", choices=SAMPLERS)
     steps: int = setting(100, "timesteps that the sampler visits", low=1, high=T)
     guidance: float | None = setting(None, "eps = eps_u + W (eps_c - eps_u); 1 is plain conditional "
                                      "(default: the run's)", metavar="W")
@@ -400,8 +449,8 @@ def main():
     if guidance == 0:  # the second pass alone
         ranks = tuple((t, min(share, shares.guide)) for t, share in ranks or ((1, 1.0),))
     same_labels = not classes or shares.guide_class == "same"
-    cost = flops.sampling(model.config, o.steps, two_passes, ranks, shares.guide, same_labels)
-    saved = 1 - cost / flops.sampling(model.config, o.steps, two_passes)
+    cost = flops.sampling(model.config, o.steps, two_passes, ranks, shares.guide, same_labels, o.sampler)
+    saved = 1 - cost / flops.sampling(model.config, o.steps, two_passes, sampler=o.sampler)
     share = f"share {shares.ranks[0][1]:.3g} of the channels, " if o.budget else ""
     print(f"{share}{flops.amount(cost)} multiply-adds an image" +
           (f", {saved:.1%} less than with all channels" if saved else ""))

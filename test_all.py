@@ -538,6 +538,53 @@ def test_ddim():
     assert errors[1] < 0.01 and errors[1] < errors[0] / 5  # first order in the step
 
 
+@pytest.mark.parametrize("sampler, order", [("ddim", 1), ("heun", 2), ("dpm++", 2)])
+def test_the_order_of_a_sampler(sampler, order):
+    """On Gaussian images, whose probability flow is known: from t = 900 to 100, twice the steps leave half of DDIM's error
+    and a quarter of that of Heun (Karras et al. 2022) and DPM-Solver++ 2M (Lu et al. 2022). From T to 0 in 50 steps they
+    are more exact than DDIM, too, since the step that leaves T and the one that reaches 0 are DDIM's."""
+    x, draw = torch.randn(4, 3, 8, 8, dtype=torch.float64), sample.SAMPLERS[sampler]
+
+    def error(timesteps):
+        ab, end = AB[timesteps[0]].item(), AB[timesteps[-1]].item()
+        expected = end**0.5 * 0.2 + ((end * 0.25 + 1 - end) / (ab * 0.25 + 1 - ab)) ** 0.5 * (x - ab**0.5 * 0.2)
+        return relative([*draw(gaussian_eps(0.2, 0.5), x, clip=False, timesteps=timesteps)][-1], expected)
+
+    coarse, fine = (error([*range(900, 99, -step)]) for step in (10, 5))
+    assert coarse / fine == pytest.approx(2**order, rel=0.1)
+    whole = error(schedule.sampling_timesteps(50))
+    assert whole < 5e-3 if order == 2 else 2e-2 < whole < 5e-2
+
+
+def test_one_step_of_heun_and_dpm_solver():
+    """Heun: in y = x / sqrt(ab), y + (sigma' - sigma) (eps + eps') / 2, eps' at the end of Euler's step. DPM-Solver++ 2M:
+    x' = sigma'/sigma x - alpha' (exp(-h) - 1) ((1 + 1/2r) x_0 - 1/2r x_0 before), r = h before / h."""
+    visited, calls = [900, 600, 500, 0], []
+    eps = lambda x, t: calls.append((x, t)) or torch.tanh(x) * t / 1000
+    alpha, sigma = AB.sqrt(), (1 - AB).sqrt()
+    x_0 = lambda x, t: (x - sigma[t] * eps(x, t)) / alpha[t]
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    first, second, last = sample.heun(eps, x, clip=False, timesteps=visited)
+    assert [t for _, t in calls] == [900, 600, 600, 500, 500] and torch.equal(calls[4][0], second)
+    ratio = sigma / alpha
+    euler = alpha[600] * (x / alpha[900] + (ratio[600] - ratio[900]) * eps(x, 900))
+    slope = (eps(x, 900) + eps(euler, 600)) / 2
+    assert relative(first, alpha[600] * (x / alpha[900] + (ratio[600] - ratio[900]) * slope)) < 1e-9
+    assert relative(last, x_0(second, 500)) < 1e-9  # DDIM's
+    calls.clear()
+    first, second, last = sample.dpmpp(eps, x, clip=False, timesteps=visited)
+    assert [t for _, t in calls] == [900, 600, 500]
+    assert relative(first, alpha[600] * x_0(x, 900) + sigma[600] * eps(x, 900)) < 1e-9
+    half = NOISE.log_snr / 2
+    h, r = half[500] - half[600], (half[600] - half[900]) / (half[500] - half[600])
+    goal = (1 + 1 / (2 * r)) * x_0(first, 600) - x_0(x, 900) / (2 * r)
+    assert relative(second, sigma[500] / sigma[600] * first - alpha[500] * ((-h).exp() - 1) * goal) < 1e-9
+    assert relative(last, x_0(second, 500)) < 1e-9
+    passes = []
+    [*sample.heun(lambda x, t: passes.append(t) or 0 * x, x, 5)]
+    assert sorted(passes) == sorted([1000, 800, 600, 400, 200] + [600, 400, 200])
+
+
 def test_ddpm():
     """Ho et al. 2020, Eq. (6), (7): a step draws from q(x_s | x_t, x_0), by Bayes' rule on the chain of the visited
     timesteps; the last adds no noise. A thousand of them draw Gaussian images as they are."""
@@ -1467,6 +1514,7 @@ def test_sample_script_refuses(elastic_run, run, arguments, says, tmp_path, monk
     (["--guide-share", 0.25], ""), (["--guide-share", 0.25, "--guide-class", "same"], ""),
     (["--ranks", "p.json", "--guide-share", 0.4, "--guide-class", "same"], ""), (["--guide-share", 0.25, "--guidance", 0], ""),
     (["--budget", 0.5, "--guide-share", 0.9, "--sampler", "ddpm"], ""), (["--guide-share", 0.25, "--guidance", 1], ""),
+    (["--sampler", "heun", "--steps", 4], ""), (["--sampler", "dpm++", "--budget", 0.5], "share 0.36 of"),
     (["--budget", "least"], "share 0.1")], ids=str)
 def test_sample_script_at_any_share(elastic_run, arguments, says, tmp_path, monkeypatch):
     """It prints the multiply-adds that torch counts, and what is saved; the least budget is the one that it names."""

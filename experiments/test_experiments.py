@@ -38,6 +38,7 @@ import neighbours
 import plot
 import rank_analysis
 import sample
+import samplers
 import schedule
 import script
 import train
@@ -805,6 +806,20 @@ def test_fit_and_judge_scripts(few, elastic_run, tmp_path):
                 "0", "--out", str(tmp_path / "static")])
     refuses(fit_ranks, "--run", tmp_path / "static", *flags, says="--method elastic")
     refuses(elastic, "--runs", tmp_path / "static", *table, says="--method elastic")
+
+
+def test_samplers_script(few, elastic_run, tmp_path):
+    """Equal passes of the network, and what they cost; the samples are those of sample.py."""
+    run, judge = elastic_run
+    runs(samplers, "--run", run, *few[:6], "--classifier", judge, "--passes", "2,4", "--num", 5, "--out", tmp_path)
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [(row["passes"], row["sampler"], row["steps"]) for row in rows] == [
+        (2, "ddim", 2), (2, "dpm++", 2), (2, "heun", 2), (4, "ddim", 4), (4, "dpm++", 4), (4, "heun", 3)]
+    net, test = opened(run)[0], common.every_second(data.load(str(few[3])), 1)
+    assert [row["cost"] for row in rows] == 3 * [2 * flops.sampling(net.config, 2)] + 3 * [2 * flops.sampling(net.config, 4)]
+    images, labels = sample.draw_images(net, range(5), [*range(10)], sampler="heun", steps=3, guidance=2.0)
+    assert rows[5]["frechet"] == pytest.approx(classifier.Judge(judge, test, CPU)(images, labels)["frechet"])
+    assert samplers.steps_for("heun", 1) == 1 and samplers.steps_for("heun", 100) == 51
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,77 @@
+"""How good are images after how many passes? DDIM, Heun and DPM-Solver++ on one run.
+
+    python experiments/samplers.py --run runs/NAME --dataset shapes --classifier shapes_clf.pt
+
+Compared at equal numbers of passes of the network, of which Heun makes nearly two a step; with guidance each of them
+computes both halves. Judged by the Frechet distance of the samples to held-out images in the classifier's features
+(not an FID), and by the share recognised as their class.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's top level
+import classifier
+import common
+import flops
+import plot
+from sample import draw_images, load_model
+from script import DEVICES, InputError, Parser, pick_device, positive_int, run_script
+
+NAMES = ("ddim", "dpm++", "heun")
+
+
+def steps_for(sampler: str, passes: int) -> int:
+    """The most steps with at most so many passes: n, or for Heun, which makes 2 n - 2 of them, half of that."""
+    return passes // 2 + 1 if sampler == "heun" and passes > 1 else passes
+
+
+def main():
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--run", type=Path, required=True, metavar="DIR", help="folder of a run")
+    common.add_image_flags(parser)
+    add("--classifier", type=Path, required=True, metavar="FILE", help="of experiments/classifier.py")
+    add("--passes", default="5,10,20,50,100", metavar="N,...", help="of the network (default 5,10,20,50,100)")
+    add("--guidance", type=float, metavar="W", help="(default: the run's)")
+    add("--num", type=positive_int, default=1000, metavar="N", help="samples a figure (default 1000)")
+    add("--out", type=Path, metavar="DIR", help="where results go (default RUN/samplers)")
+    add("--device", choices=DEVICES, default="auto", help="(default auto)")
+    args = parser.parse_args()
+    args.out = args.out or args.run / "samplers"
+    passes = [int(n) for n in common.choose_numbers("--passes", args.passes, 1, 1000)]
+    if args.num < 2:
+        raise InputError("--num takes at least 2")
+    device = pick_device(args.device)
+    model, state = load_model(args.run, device)
+    args.image_size = args.image_size or model.config.image_size
+    common.settle_image_flags(args)
+    judge = classifier.Judge(args.classifier, common.every_second(common.load_held_out(args, 10_000), 1), device)
+    guidance = state["guidance"] if args.guidance is None else args.guidance
+
+    rows = []
+    for n in passes:
+        for sampler in NAMES:
+            steps, drawn = steps_for(sampler, n), []
+            for first in range(0, args.num, 100):
+                indices = range(first, min(first + 100, args.num))
+                drawn.append(draw_images(model, indices, range(len(state["classes"])), 0, sampler, steps, guidance))
+            cost = flops.sampling(model.config, steps, guidance not in (0, 1), sampler=sampler)
+            rows.append(dict(passes=n, sampler=sampler, steps=steps, cost=cost, **judge(*map(torch.cat, zip(*drawn)))))
+    print(f"{args.num} samples, guidance {guidance:g}")
+    plot.print_table([row | {"cost": flops.amount(row["cost"])} for row in rows],
+                     dict(passes="", sampler="", steps="", cost="", frechet=".2f", recognised=".1%"))
+    curves = {}
+    for sampler in NAMES:
+        mine = [row for row in rows if row["sampler"] == sampler]
+        curves[sampler] = [row["cost"] for row in mine], [row["frechet"] for row in mine]
+    plot.save(args.out / "samplers.png", plot.line_chart(curves, f"{args.num:,} samples, guidance {guidance:g}",
+                                                         "multiply-adds of an image", "Frechet distance"))
+    plot.write_json(args.out / "results.json", dict(settings=vars(args), guidance=guidance, rows=rows))
+    print(f"wrote results.json and samplers.png in {args.out}")
+
+
+if __name__ == "__main__":
+    run_script(main)
