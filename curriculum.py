@@ -22,12 +22,48 @@ def uniform(T: int, first: int = 1, last: int | None = None) -> torch.Tensor:
 
 
 def speed(T: int, tau: int = 700, times: float = 2.0) -> torch.Tensor:
-    """SpeeD (Wang et al. 2024): t <= tau drawn `times` as often as later ones. Their tau belongs to a
-    linear noise schedule."""
+    """SpeeD (Wang et al. 2024): t <= tau drawn `times` as often as later ones. tau: `schedule.speed_tau`"""
     p = torch.ones(T + 1, dtype=torch.float64)
     p[0] = 0
     p[1:tau + 1] = times
     return p / p.sum()
+
+
+def log_normal(alpha_bar: torch.Tensor) -> torch.Tensor:
+    """Logit-normal (Esser et al. 2024; mean 0, deviation 1) in u = sqrt(1 - alpha_bar), the noise amplitude:
+    P(t) in proportion to density(u_t) (u_t - u_{t-1}). (The code of SpeeD's authors multiplies by u / (1 - u)
+    and leaves the widths of the steps in u out.) alpha_bar: float64 (T + 1,)"""
+    u = (1 - alpha_bar).sqrt()
+    logit = torch.log(u) - torch.log1p(-u)
+    density = torch.exp(-logit.square() / 2) / (u * (1 - u))
+    p = density * u.diff(prepend=u[:1])
+    p[0] = 0
+    return p / p.sum()
+
+
+def clts(T: int, progress: float, mean: float = 300.0, deviation: float = 200.0) -> torch.Tensor:
+    """CLTS (Xu et al. 2024): from uniform, at progress 0, to a Gaussian over t at the end of training, 1.
+    That the mixture moves linearly, and the deviation, are our choice: in the code of SpeeD's authors, who
+    race it, it is so small that almost every t of the Gaussian is 300."""
+    t = torch.arange(T + 1, dtype=torch.float64)
+    gaussian = torch.exp(-((t - mean) / deviation).square() / 2)
+    gaussian[0] = 0
+    return (1 - progress) * uniform(T) + progress * gaussian / gaussian.sum()
+
+
+TIMESTEPS = ("uniform", "stratified", *(name + suffix for name in ("speed", "log-normal", "clts")
+                                        for suffix in ("", "-stratified")))
+
+
+def base_distribution(name: str, alpha_bar: torch.Tensor, tau: int, progress: float) -> torch.Tensor:
+    """What one of TIMESTEPS draws from (stratified is a way to draw: `Curriculum.sample`).
+    tau: SpeeD's; progress: 0 to 1, of the training, by which clts moves"""
+    T = len(alpha_bar) - 1
+    if name.startswith("speed"):
+        return speed(T, tau)
+    if name.startswith("log-normal"):
+        return log_normal(alpha_bar)
+    return clts(T, progress) if name.startswith("clts") else uniform(T)
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -177,12 +177,12 @@ def training_run(config: Config, steps: int, batch_size: int, stages: list[tuple
 
 
 @functools.cache
-def longest_curriculum(steps: int, groups: int, share: float) -> list[tuple[int, int]]:
+def longest_curriculum(steps: int, groups: int, share: float, noise: str = "cosine") -> list[tuple[int, int]]:
     """The stages of a run whose groups of timesteps all come as late as curriculum.py allows, for
     `training_run`: no loss reaches a plateau before. groups: 0 or 1 for none."""
     if groups in (0, 1):
         return []
-    starts = cluster_timesteps(NoiseSchedule().log_snr, groups)
+    starts = cluster_timesteps(NoiseSchedule(noise).log_snr, groups)
     begins = [math.ceil(share * steps * j / (groups - 1)) for j in range(groups)]
     return [(end - begin, t_low) for begin, end, t_low in zip(begins, begins[1:], reversed(starts))]
 
@@ -267,7 +267,7 @@ def main():
         given = {name: value for name, value in vars(args).items() if value is not None}
         s = choose_settings({"model": "tiny"} | given)
         config = preset_config(s.model, given, image_size=16 if s.model == "tiny" else 32)
-        stages = longest_curriculum(s.steps, s.curriculum_groups, s.curriculum_share)
+        stages = longest_curriculum(s.steps, s.curriculum_groups, s.curriculum_share, config.noise)
         spent = training_run(config, s.steps, s.batch_size, stages, s.orthogonality > 0, s.slices or 1,
                              s.distil > 0 and config.method == "elastic")
         rows = compare(config, s, args.sampling_steps, spent)

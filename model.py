@@ -16,7 +16,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lowrank import Active, Channels, Linear, factorise, masked_channels
-from schedule import PREDICTIONS, PROFILES, T, RankSchedule, base_rank, iso_compute_rank, share_of
+from schedule import (NOISES, PREDICTIONS, PROFILES, T, NoiseSchedule, RankSchedule, base_rank,
+                      iso_compute_rank, share_of)
 from script import InputError, check_fields, one_line, setting, to_device
 
 METHODS = ("full", "static", "iso-compute", "iso-param", "elastic")
@@ -63,6 +64,7 @@ class Config:
     image_size: int = setting(32, low=1)
     channels: int = setting(3, low=1)
     num_classes: int = setting(10, "label rows of the model; otherwise the dataset's", low=0)
+    noise: str = setting("cosine", "noise schedule; linear: betas from 1e-4 to 0.02", choices=NOISES)
     predict: str = setting("eps", "what the model predicts: the noise, v = sqrt(ab) eps - sqrt(1 - ab) x_0, "
                            "or the image; tiny: v", choices=PREDICTIONS)
     method: str = setting("iso-compute", "full: dense; static: one rank for all t; iso-compute: adapted to "
@@ -241,7 +243,7 @@ class DiT(nn.Module):
         """initialise=False leaves the weights for `load_state_dict` to fill, and saves the SVDs."""
         super().__init__()
         self.config = config
-        self.rank_schedule = config.rank_schedule()
+        self.rank_schedule, self.noise = config.rank_schedule(), NoiseSchedule(config.noise)
         d = config.width
         self.patchify = nn.Conv2d(config.channels, d, config.patch, stride=config.patch)
         self.embedders = nn.ModuleList(Conditioning(d, config.num_classes) for _ in range(config.embedders))

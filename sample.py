@@ -99,6 +99,11 @@ def guided(model: DiT, y: torch.Tensor | None, guidance: float, shares: Shares =
     return output
 
 
+def noise_of(model: DiT | Predictor) -> NoiseSchedule:
+    """The model's own, or the cosine schedule."""
+    return model.noise if isinstance(model, DiT) else NoiseSchedule()
+
+
 def denoiser(model: DiT | Predictor, y: torch.Tensor | None, guidance: float, clip: bool,
              shares: Shares = Shares()):
     """(x, t) -> (x_0, eps), as the model sees them in x. Without a detour over eps in float32, which at t = T
@@ -106,10 +111,9 @@ def denoiser(model: DiT | Predictor, y: torch.Tensor | None, guidance: float, cl
 
     clip: x_0 is clipped to [-1, 1] and eps made to fit it: of a model that predicts eps, errors are
     amplified 20,291 times at t = T and 64 times at 990. A model of v or x_0 does not need it there."""
-    output, predict = model, "eps"
+    output, predict, alpha_bar = model, "eps", noise_of(model).alpha_bar.tolist()  # Python floats: float64
     if isinstance(model, DiT):
         output, predict = guided(model, y, guidance, shares), model.config.predict
-    alpha_bar = NoiseSchedule().alpha_bar.tolist()  # Python floats: float64
 
     def x_0_and_eps(x, t):
         signal, noise = alpha_bar[t] ** 0.5, (1 - alpha_bar[t]) ** 0.5
@@ -137,7 +141,7 @@ def ddim(model: DiT | Predictor, x: torch.Tensor, steps: int = 100, y: torch.Ten
     timesteps: to visit, decreasing, the last one that of the result; default `sampling_timesteps(steps)`
     Yields x at each timestep but the first.
     """
-    denoise, alpha_bar = denoiser(model, y, guidance, clip, shares), NoiseSchedule().alpha_bar.tolist()
+    denoise, alpha_bar = denoiser(model, y, guidance, clip, shares), noise_of(model).alpha_bar.tolist()
     visited = timesteps or sampling_timesteps(steps)
     for t, t_next in zip(visited, visited[1:]):
         x_0, eps = denoise(x, t)
@@ -156,7 +160,7 @@ def ddpm(model: DiT | Predictor, x: torch.Tensor, steps: int = 100, y: torch.Ten
     noise: gives a new standard normal tensor like x at each call; default torch's global generator.
     Other arguments and what it yields: as `ddim`.
     """
-    denoise, alpha_bar = denoiser(model, y, guidance, clip, shares), NoiseSchedule().alpha_bar.tolist()
+    denoise, alpha_bar = denoiser(model, y, guidance, clip, shares), noise_of(model).alpha_bar.tolist()
     visited = timesteps or sampling_timesteps(steps)
     noise = noise or (lambda: torch.randn_like(x))
     for t, t_next in zip(visited, visited[1:]):
@@ -179,7 +183,7 @@ def heun(model: DiT | Predictor, x: torch.Tensor, steps: int = 100, y: torch.Ten
     averaged with that at its start, for a second pass. The step that leaves T, where sigma falls from 20,290
     to some tens, and the one that reaches 0 are DDIM's. Arguments and what it yields: as `ddim`.
     """
-    denoise, alpha_bar = denoiser(model, y, guidance, clip, shares), NoiseSchedule().alpha_bar.tolist()
+    denoise, alpha_bar = denoiser(model, y, guidance, clip, shares), noise_of(model).alpha_bar.tolist()
     visited = timesteps or sampling_timesteps(steps)
     for t, t_next in zip(visited, visited[1:]):
         (ab, ab_next), (x_0, eps) = (alpha_bar[t], alpha_bar[t_next]), denoise(x, t)
@@ -204,8 +208,8 @@ def dpmpp(model: DiT | Predictor, x: torch.Tensor, steps: int = 100, y: torch.Te
     the log-SNR. The first step, which has no last one, and the one that reaches 0 are DDIM's. Arguments and
     what it yields: as `ddim`.
     """
-    denoise, alpha_bar = denoiser(model, y, guidance, clip, shares), NoiseSchedule().alpha_bar.tolist()
-    half_log_snr = (NoiseSchedule().log_snr / 2).tolist()
+    denoise, alpha_bar = denoiser(model, y, guidance, clip, shares), noise_of(model).alpha_bar.tolist()
+    half_log_snr = (noise_of(model).log_snr / 2).tolist()
     visited, last_x_0, last_h = timesteps or sampling_timesteps(steps), None, None
     for t, t_next in zip(visited, visited[1:]):
         (ab, ab_next), (x_0, _) = (alpha_bar[t], alpha_bar[t_next]), denoise(x, t)

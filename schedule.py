@@ -15,17 +15,26 @@ T = 1000
 # Noise
 
 
+NOISES = ("cosine", "linear")
+
+
 class NoiseSchedule:
-    """The cosine schedule (Nichol and Dhariwal 2021, Eq. 17; s = 0.008, betas clipped at 0.999).
+    """cosine, the paper's (Nichol and Dhariwal 2021, Eq. 17; s = 0.008, betas clipped at 0.999), or linear:
+    betas from 1e-4 to 0.02 (Ho et al. 2020).
 
     alpha_bar: float64 (T + 1,), the share of signal variance in x_t; alpha_bar[0] = 1
     log_snr:   float64 (T + 1,), log(alpha_bar / (1 - alpha_bar)), decreasing; log_snr[0] = inf
     """
 
-    def __init__(self):
+    def __init__(self, kind: str = "cosine"):
+        """Raises ValueError for an unknown kind."""
+        if kind not in NOISES:
+            raise ValueError(f"noise schedule {kind!r} is unknown; use {' or '.join(NOISES)}")
         t = torch.arange(T + 1, dtype=torch.float64)
         f = torch.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2
         beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+        if kind == "linear":
+            beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
         self.alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - beta, 0)])
         self.log_snr = torch.log(self.alpha_bar) - torch.log1p(-self.alpha_bar)
 
@@ -273,14 +282,19 @@ def p2_weight(schedule: NoiseSchedule, predict: str) -> torch.Tensor:
     return eps_loss_factor(predict, schedule) / (1 + torch.exp(schedule.log_snr))
 
 
-def speed_weight(schedule: NoiseSchedule, predict: str, tau: int = 700, lam: float = 0.6) -> torch.Tensor:
-    """SpeeD (Wang et al. 2024), of the eps loss: up to tau the growth of the noise variance,
-    alpha_bar_{t-1} - alpha_bar_t, whose minimum and maximum over all t become 1 - lam and lam; 1 above tau.
-    Their tau belongs to a linear noise schedule; with the cosine one, noise is far from complete at 700."""
+def speed_tau(schedule: NoiseSchedule) -> int:
+    """SpeeD's tau, after which an image counts as noise alone: 700 of their linear schedule, and of another
+    the last t that has as much signal left: 946 of the cosine one."""
+    return int((schedule.alpha_bar >= NoiseSchedule("linear").alpha_bar[700]).sum()) - 1
+
+
+def speed_weight(schedule: NoiseSchedule, predict: str, lam: float = 0.6) -> torch.Tensor:
+    """SpeeD (Wang et al. 2024), of the eps loss: up to `speed_tau` the growth of the noise variance,
+    alpha_bar_{t-1} - alpha_bar_t, whose minimum and maximum over all t become 1 - lam and lam; 1 above it."""
     growth = -schedule.alpha_bar.diff(prepend=schedule.alpha_bar[:1])  # entry 0 is 0 and not used
     low, high = growth[1:].min(), growth[1:].max()
     weight = 1 - lam + (2 * lam - 1) * (growth - low) / (high - low)
-    weight[tau + 1:] = 1
+    weight[speed_tau(schedule) + 1:] = 1
     return eps_loss_factor(predict, schedule) * weight
 
 

@@ -693,10 +693,12 @@ def test_values_out_of_range(call, says):
 
 
 @pytest.mark.parametrize("predict", PREDICTIONS)
-def test_loss_weights(predict):
+@pytest.mark.parametrize("kind, tau", [("cosine", 946), ("linear", 700)])
+def test_loss_weights(predict, kind, tau):
     """As published, for each target, in Python floats; each divided by its mean under the draws of t. P2 and SpeeD
     weigh the eps loss, w: on v that is w alpha_bar, on x_0 w SNR."""
-    ab = AB.tolist()
+    noise = schedule.NoiseSchedule(kind)
+    ab = noise.alpha_bar.tolist()
     snr = [math.inf] + [a / (1 - a) for a in ab[1:]]
     growth = [ab[t - 1] - ab[t] for t in range(1, T + 1)]  # of the variance 1 - alpha_bar
     low, high = min(growth), max(growth)
@@ -706,15 +708,15 @@ def test_loss_weights(predict):
         "erd": lambda t: {"eps": (1 - ab[t])**0.5, "x0": ab[t]**0.5, "v": (2 * ab[t] * (1 - ab[t]))**0.5}[predict],
         "min-snr": lambda t: min(snr[t], 5) / {"eps": snr[t], "x0": 1, "v": snr[t] + 1}[predict],
         "p2": lambda t: of_eps_loss(t) / (1 + snr[t]),
-        "speed": lambda t: of_eps_loss(t) * (1.0 if t > 700 else 0.4 + 0.2 * (growth[t - 1] - low) / (high - low)),
+        "speed": lambda t: of_eps_loss(t) * (1.0 if t > tau else 0.4 + 0.2 * (growth[t - 1] - low) / (high - low)),
     }
     assert set(formulas) == set(schedule.WEIGHTINGS)
-    for p in (curriculum.uniform(T), curriculum.speed(T), curriculum.uniform(T, 300, 600)):
+    for p in (curriculum.uniform(T), curriculum.speed(T, tau), curriculum.uniform(T, 300, 600)):
         for name, formula in formulas.items():
-            w = schedule.loss_weight(name, NOISE, predict, p)
+            w = schedule.loss_weight(name, noise, predict, p)
             assert w.dtype == torch.float64 and (w * p)[1:].sum().item() == pytest.approx(1)
             mean = sum(formula(t) * p[t].item() for t in range(1, T + 1))
-            for t in (1, 2, 100, 364, 500, 700, 701, 999, T):
+            for t in (1, 2, 100, 364, 500, 700, 701, 946, 947, 999, T):
                 assert w[t].item() == pytest.approx(formula(t) / mean, rel=1e-8), (name, t)
 
 
@@ -933,6 +935,60 @@ def test_other_ways_to_sample():
     assert q[:500].sum() == 0 and q.sum().item() == pytest.approx(1) and (q[600] / q[800]).item() == pytest.approx(2)
     c.stage = 1
     assert torch.allclose(c.probabilities(), p)
+
+
+def test_distributions_of_the_neighbours():
+    """log-normal: what a normal draw of logit(u) makes of u, on the grid u_t = sqrt(1 - alpha_bar_t), of which most noisy
+    samples are the same. clts moves from uniform to a Gaussian at 300. All of them sum to 1 and never draw 0."""
+    for kind in schedule.NOISES:
+        noise = schedule.NoiseSchedule(kind)
+        u = (1 - noise.alpha_bar).sqrt()
+        p = curriculum.log_normal(noise.alpha_bar)
+        drawn = torch.randn(200_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).sigmoid()
+        for low, high in ((0.05, 0.3), (0.3, 0.6), (0.6, 0.9)):
+            inside = p[(u > low) & (u <= high)].sum().item()
+            assert inside == pytest.approx(((drawn > low) & (drawn <= high)).double().mean().item(), abs=0.02)
+        for name in curriculum.TIMESTEPS:
+            p = curriculum.base_distribution(name, noise.alpha_bar, 700, 0.25)
+            assert p[0] == 0 and (p[1:] >= 0).all() and p.sum().item() == pytest.approx(1)
+    start, middle, end = (curriculum.clts(T, progress) for progress in (0, 0.5, 1))
+    assert torch.allclose(start, curriculum.uniform(T)) and torch.allclose(middle, (start + end) / 2)
+    assert end.argmax() == 300 and (end[500] / end[300]).item() == pytest.approx(math.exp(-0.5))
+
+
+def test_clts_moves_while_a_run_trains():
+    """Each step draws from, and weights are normalised by, the mixture of its own step; the others stand still."""
+    config, dataset = Config(**SMALL), data.load("shapes", image_size=8)
+    for name, moves in (("clts-stratified", True), ("log-normal", False), ("speed", False)):
+        s, state = training_state(config)
+        s = replace(s, timesteps=name, steps=10)
+        state.curriculum.base = train.timestep_distribution(s, state.model, 0)
+        state.step = 5
+        train.draw_batch(dataset, state, s)
+        expected = curriculum.base_distribution(name, AB, 946, 0.5 if moves else 0.0)
+        assert torch.allclose(state.curriculum.probabilities(), expected, rtol=1e-9)
+
+
+def test_the_linear_noise_schedule():
+    """Betas from 1e-4 to 0.02 (Ho et al. 2020); all that is a function of log-SNR follows a model's own schedule."""
+    noise, ab = schedule.NoiseSchedule("linear"), 1.0
+    for t in range(1, T + 1):
+        ab *= 1 - (1e-4 + (t - 1) / 999 * (0.02 - 1e-4))
+        assert noise.alpha_bar[t].item() == pytest.approx(ab, rel=1e-9)
+    assert train.loss_groups("linear") == curriculum.cluster_timesteps(noise.log_snr, 5) != train.loss_groups("cosine")
+    net = awake(Config(**SMALL, noise="linear", predict="v"))
+    x, t, y = inputs(net.config, 2)
+    x_0, eps = torch.rand_like(x) - 0.5, torch.randn_like(x)
+    signal, sigma = (a.sqrt().float()[:, None, None, None] for a in (noise.alpha_bar[t], 1 - noise.alpha_bar[t]))
+    v = signal * eps - sigma * x_0
+    expected = (net(signal * x_0 + sigma * eps, t, y) - v).square().mean((1, 2, 3))
+    assert relative(train.denoising_loss(net, net, train.Batch(x_0, y, eps, t)), expected) < 1e-5
+    answer = net(x, torch.full((2,), 700), y)
+    a, b = noise.alpha_bar[700].sqrt().item(), (1 - noise.alpha_bar[700]).sqrt().item()
+    assert relative(sample.denoiser(net, y, 1.0, clip=False)(x, 700)[0], a * x - b * answer) < 1e-5
+    s, state = training_state(net.config)
+    assert torch.equal(state.model.noise.alpha_bar, noise.alpha_bar)
+    assert flops.longest_curriculum(100, 4, 0.4, "linear") != flops.longest_curriculum(100, 4, 0.4)
 
 
 # ----------------------------------------------------------------------------------------------------

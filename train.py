@@ -15,6 +15,7 @@ Read model.py and curriculum.py before, sample.py after.
 
 import contextlib
 import copy
+import functools
 import json
 import math
 import sys
@@ -27,13 +28,13 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import flops
-from curriculum import Curriculum, cluster_timesteps, speed, uniform
+from curriculum import TIMESTEPS, Curriculum, base_distribution, cluster_timesteps
 from data import DATASETS, Dataset, batch_indices, decode, open_source, to_unit
 from lowrank import orthogonality_penalty
 from model import PRESETS, SIZES, Config, DiT, preset_config, summary
 from sample import draw_grid, save_model
 from schedule import (WEIGHTINGS, T, NoiseSchedule, add_noise, elastic_shares, eps_loss_factor, loss_weight,
-                      target)
+                      speed_tau, target)
 from script import (DEVICES, DTYPES, InputError, Parser, Processes, Stop, add_flags, check_fields,
                     duration, end_progress, find_run, flag, numbered_folder, one_line, pick_device,
                     pick_dtype, read_checkpoint, run_script, setting, show_progress, start_run, to_device,
@@ -67,7 +68,7 @@ class Settings:
                                        choices=("progressive", "uniform"))
     restart: bool = setting(True, "fresh optimiser state and learning rate with each group (C.3.4)")
     timesteps: str = setting("uniform", "how t is drawn; stratified: each batch over all noise levels",
-                             choices=("uniform", "stratified", "speed", "speed-stratified"))
+                             choices=TIMESTEPS)
     distil: float = setting(0.0, "elastic: weight of the error against the full-rank prediction", low=0)
     weighting: str = setting("none", "of the loss along t, with mean 1", choices=WEIGHTINGS)
     seed: int = setting(0, "of weights, data order, noise, timesteps and drawn shapes", low=0, high=2**31)
@@ -117,8 +118,16 @@ def learning_rate(step: int, start: int, stage: int, s: Settings) -> float:
 # ----------------------------------------------------------------------------------------------------
 # One training step
 
-NOISE = NoiseSchedule()
-LOSS_GROUPS = cluster_timesteps(NOISE.log_snr, 5)  # first timesteps of the groups of `loss_by_group`, B.1
+
+@functools.cache
+def loss_groups(noise: str) -> list[int]:
+    """First timesteps of the groups of `loss_by_group`, B.1."""
+    return cluster_timesteps(NoiseSchedule(noise).log_snr, 5)
+
+
+def timestep_distribution(s: Settings, model: DiT, progress: float) -> torch.Tensor:
+    """What t is drawn from once all groups of the curriculum are in: float64 (T + 1,)."""
+    return base_distribution(s.timesteps, model.noise.alpha_bar, speed_tau(model.noise), progress)
 
 
 class Batch(NamedTuple):
@@ -148,6 +157,8 @@ def draw_batch(dataset: Dataset, state: "State", s: Settings) -> Batch:
     else:
         y = torch.full_like(y, config.num_classes)
     eps = torch.randn(x_0.shape, device=device, generator=rng)
+    if s.timesteps.startswith("clts"):  # the others stand still
+        state.curriculum.base = timestep_distribution(s, state.model, state.step / s.steps)
     t, share = state.curriculum.sample(s.batch_size, state.host_rng, s.timesteps.endswith("stratified")), None
     if config.method == "elastic":
         t = t[torch.randperm(len(t), generator=state.host_rng)]  # it comes ascending, and share falling
@@ -163,7 +174,7 @@ def denoising_loss(net, model: DiT, batch: Batch, dtype: torch.dtype = torch.flo
     net: the model, or what runs it (compiled, in parallel).
     distil: returns a second (B,), the error against what the model predicts with all its channels."""
     device = batch.x_0.device
-    signal, noise = (to_device(a, device) for a in NOISE.coefficients(batch.t))
+    signal, noise = (to_device(a, device) for a in model.noise.coefficients(batch.t))
     x_t, t = add_noise(batch.x_0, batch.eps, signal, noise), to_device(batch.t, device)
     active = model.active(batch.t, batch.share)  # how many channels each sample may use: decided here, once
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -186,7 +197,7 @@ def train_step(net, state: "State", batch: Batch, s: Settings, slices: int = 1,
     slice is the paper's masking.
     """
     model, probabilities = state.model, state.curriculum.probabilities()
-    weight = loss_weight(s.weighting, NOISE, model.config.predict, probabilities).float()  # (T + 1,)
+    weight = loss_weight(s.weighting, model.noise, model.config.predict, probabilities).float()  # (T + 1,)
     losses = []
     for rows in torch.arange(len(batch.t)).tensor_split(min(slices, len(batch.t))):
         first, last = int(rows[0]), int(rows[-1])
@@ -293,8 +304,8 @@ class State:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=s.lr, weight_decay=0.0,
                                            fused=device.type in ("cpu", "cuda"))
         self.curriculum = Curriculum(
-            cluster_timesteps(NOISE.log_snr, max(1, s.curriculum_groups)), T, s.steps, s.curriculum_share,
-            alpha=s.curriculum_alpha, base=speed(T) if s.timesteps.startswith("speed") else uniform(T),
+            cluster_timesteps(self.model.noise.log_snr, max(1, s.curriculum_groups)), T, s.steps,
+            s.curriculum_share, alpha=s.curriculum_alpha, base=timestep_distribution(s, self.model, 0),
             progressive=s.curriculum_sampling == "progressive")
         self.host_rng = torch.Generator().manual_seed(s.seed)  # of the timesteps
         self.device_rng = torch.Generator(device).manual_seed(s.seed + 2**31)  # of everything else
@@ -469,9 +480,10 @@ def write_log(run: Run, lr: float) -> None:
     s, state, config, curriculum = run.s, run.state, run.state.model.config, run.state.curriculum
     losses, t = run.all_losses().double(), torch.stack(state.timesteps)  # (steps, B)
     curriculum.observe(state.step - len(losses), losses.mean(1).tolist())
-    losses = losses * eps_loss_factor(config.predict, NOISE)[t]  # reported losses are those of eps
-    group = torch.bucketize(t, torch.tensor(LOSS_GROUPS), right=True) - 1
-    by_group = [losses[group == i] for i in range(len(LOSS_GROUPS))]
+    losses = losses * eps_loss_factor(config.predict, state.model.noise)[t]  # reported: those of eps
+    groups = torch.tensor(loss_groups(config.noise))
+    group = torch.bucketize(t, groups, right=True) - 1
+    by_group = [losses[group == i] for i in range(len(groups))]
     k = max(flops.channels_from(config, curriculum.t_low).values(), default=None)
     done = state.step - run.begin_step
     rate = min(done, len(losses)) * s.batch_size / (time.time() - run.clock)

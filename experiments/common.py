@@ -27,7 +27,7 @@ from schedule import T, eps_loss_factor
 from script import (DEVICES, InputError, Parser, end_progress, flag, positive_int, sha256_of,
                     write_then_rename)
 
-GROUP_EDGES = [*train.LOSS_GROUPS, T + 1]  # five groups of timesteps of similar log-SNR, NA-LR B.1
+GROUP_EDGES = [*train.loss_groups("cosine"), T + 1]  # five groups of t of similar log-SNR, NA-LR B.1
 GROUP_NAMES = [f"{first}-{end - 1}" for first, end in zip(GROUP_EDGES, GROUP_EDGES[1:])]
 
 # ----------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def denoising_losses(model: DiT, dataset: Dataset, images: torch.Tensor, t: torc
         samples = range(first, min(first + batch_size, len(t)))
         batch = noised_batch(model, dataset, images[samples], t[samples], samples, seed)._replace(share=share)
         losses.append(train.denoising_loss(model, model, batch).double().cpu())
-    return torch.cat(losses) * eps_loss_factor(model.config.predict, train.NOISE)[t]
+    return torch.cat(losses) * eps_loss_factor(model.config.predict, model.noise)[t]
 
 
 def held_out_loss(model: DiT, dataset: Dataset, per_group: int = 1000, seed: int = 0,

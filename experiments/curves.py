@@ -21,9 +21,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 import plot
 from schedule import T
 from script import InputError, Parser, newest_run, positive_int, run_script
-from train import LOSS_GROUPS
+from train import loss_groups
 
-GROUPS = [f"t {first}-{after - 1}" for first, after in zip(LOSS_GROUPS, [*LOSS_GROUPS[1:], T + 1])]
+GROUPS = 5  # of timesteps
+
+
+def group_names(folder: Path) -> list[str]:
+    """Of a run's groups of timesteps, which its noise schedule decides."""
+    try:
+        noise = json.loads((folder / "config.json").read_text())["model"]["noise"]
+        starts = loss_groups(noise)
+    except (OSError, ValueError, KeyError, TypeError):
+        starts = loss_groups("cosine")  # an older run, or a log alone
+    return [f"t {first}-{after - 1}" for first, after in zip(starts, [*starts[1:], T + 1])]
+
 
 # ----------------------------------------------------------------------------------------------------
 # From metrics.jsonl to curves. A curve is (steps, values), with None for a value that is missing.
@@ -41,14 +52,14 @@ def read_log(folder: Path) -> list[dict]:
         try:
             line = json.loads(text)
             losses, rank, before, step = line["loss_by_group"], line["active_rank"], step, line["step"]
-            fits = type(step) is int and step > before and len(losses) == len(GROUPS)
+            fits = type(step) is int and step > before and len(losses) == GROUPS
             fits = fits and all(map(is_number, (step, line["stage"], line["lr"])))
             fits = fits and all(value is None or is_number(value) for value in (rank, *losses))
         except (ValueError, KeyError, TypeError, RecursionError):
             fits = False
         if not fits:
             raise InputError(f"{path} is damaged: line {number} should hold step, stage, lr, active_rank and "
-                             f"{len(GROUPS)} losses as train.py writes them; delete it to draw the others")
+                             f"{GROUPS} losses as train.py writes them; delete it to draw the others")
         lines.append(line)
     if not lines:
         raise InputError(f"{path} has no lines yet; train.py adds one every --log-every steps")
@@ -67,7 +78,7 @@ def loss_curves(lines: list[dict], points: int) -> list[tuple[list, list]]:
     stretches = [(k * len(lines) // n, (k + 1) * len(lines) // n) for k in range(n)]
     steps = [(ends[a] + ends[b]) / 2 for a, b in stretches]
     curves = []
-    for group in range(len(GROUPS)):
+    for group in range(GROUPS):
         means = []
         for a, b in stretches:
             losses = [line["loss_by_group"][group] for line in lines[a:b]]
@@ -91,8 +102,8 @@ def stairs(lines: list[dict], values: list) -> tuple[list, list]:
 # The picture
 
 
-def draw(logs: dict[str, list[dict]], losses: dict[str, list]) -> list:
-    """The charts of runs. logs: {name: lines}; losses: {name: `loss_curves` of them}."""
+def draw(logs: dict[str, list[dict]], losses: dict[str, list], groups: list[str]) -> list:
+    """The charts of runs. logs: {name: lines}; losses: {name: `loss_curves` of them}; groups: their names."""
     charts, last_step = [], max(lines[-1]["step"] for lines in logs.values())
 
     def add(title: str, y_label: str, curves: dict, log_y: bool = False):
@@ -107,9 +118,9 @@ def draw(logs: dict[str, list[dict]], losses: dict[str, list]) -> list:
 
     if len(losses) == 1:
         for name, curves in losses.items():
-            add(f"Loss of {name}", "squared error of eps", dict(zip(GROUPS, curves)), log_y=True)
+            add(f"Loss of {name}", "squared error of eps", dict(zip(groups, curves)), log_y=True)
     else:
-        for group, title in enumerate(GROUPS):
+        for group, title in enumerate(groups):
             curves = {name: curves[group] for name, curves in losses.items()}
             add(f"Loss at {title}", "squared error of eps", curves, log_y=True)
     add("Active rank", "channels of the largest layer",
@@ -139,13 +150,14 @@ def main():
         names = [str(folder) for folder in folders]
     logs = {name: read_log(folder) for name, folder in zip(names, folders)}
     losses = {name: loss_curves(lines, args.points) for name, lines in logs.items()}
-    plot.save(out, *draw(logs, losses))
+    groups = [" or ".join(dict.fromkeys(name)) for name in zip(*map(group_names, folders))]
+    plot.save(out, *draw(logs, losses, groups))
 
     rows = [{"run": name, "steps": logs[name][-1]["step"],
-             **{group: means[-1] for group, (_, means) in zip(GROUPS, curves)}}
+             **{group: means[-1] for group, (_, means) in zip(groups, curves)}}
             for name, curves in losses.items()]
     print("squared error of eps, mean of the last stretch:")
-    plot.print_table(rows, {"run": "", "steps": ",d"} | dict.fromkeys(GROUPS, ".3g"))
+    plot.print_table(rows, {"run": "", "steps": ",d"} | dict.fromkeys(groups, ".3g"))
     print(f"wrote {out}")
 
 

@@ -52,10 +52,10 @@ OBJECTIVES = ("loss", "elbo", "class", "rollout")
 # Groups of timesteps
 
 
-def noise_groups(visited: list[int]) -> list[range]:
+def noise_groups(log_snr: torch.Tensor, visited: list[int]) -> list[range]:
     """Timesteps 1 to T cut at EDGES of log-SNR, low noise first. A group that a sampler does not visit is joined to
     its noisier neighbour."""
-    firsts = [1] + [int((train.NOISE.log_snr > edge).sum()) for edge in EDGES]  # entry 0 counts, as t does
+    firsts = [1] + [int((log_snr > edge).sum()) for edge in EDGES]  # entry 0 counts, as t does
     groups, first = [], 1
     for end in (*firsts[1:], T + 1):
         if any(first <= t < end for t in visited):
@@ -64,12 +64,12 @@ def noise_groups(visited: list[int]) -> list[range]:
     return groups  # a sampler visits T, so the last group is never empty
 
 
-def elbo_weights() -> torch.Tensor:
+def elbo_weights(log_snr: torch.Tensor) -> torch.Tensor:
     """half |d log-SNR| of each t: the weight of the squared error of eps, summed over pixels, in the bound on the
     log-likelihood (Kingma et al. 2021, Eq. 13, in discrete time). float64 (T + 1,). The clipped last beta would make
     T alone half of everything: as in the clustering, log_snr[T] counts as log_snr[T - 1]. Entry 1 would be infinite:
     the step from the clean image counts as much as the next one."""
-    log_snr = train.NOISE.log_snr.clone()
+    log_snr = log_snr.clone()
     log_snr[T] = log_snr[T - 1]
     weights = -log_snr.diff(prepend=log_snr[:1]) / 2
     weights[:2] = weights[2]
@@ -83,7 +83,7 @@ def elbo_weights() -> torch.Tensor:
 @torch.no_grad()
 def eps_answers(model: DiT, batch: train.Batch, share: float | None) -> torch.Tensor:
     """eps as the model sees it in a batch, with and without labels: (2, B, C, H, W)."""
-    signal, noise = (x.to(batch.x_0.device) for x in train.NOISE.coefficients(batch.t))
+    signal, noise = (x.to(batch.x_0.device) for x in model.noise.coefficients(batch.t))
     x_t, active = add_noise(batch.x_0, batch.eps, signal, noise), model.active(batch.t, share)
     answers = []
     for y in (batch.y, torch.full_like(batch.y, model.config.num_classes)):
@@ -98,7 +98,7 @@ def measure_harm(models: list[tuple[DiT, float | None]], images: Dataset, groups
     uses all; same images, noise and timesteps for all. And, as a check, how many nats the label says of the image by
     the last one's losses, for each group: their sum should lie near or below the logarithm of the number of classes.
     Where it does not, the two losses differ by the model's errors rather than by what the label tells."""
-    weights, harm = elbo_weights(), {name: np.zeros((len(groups), len(models))) for name in OBJECTIVES[:3]}
+    weights, harm = elbo_weights(models[0][0].noise.log_snr), {name: np.zeros((len(groups), len(models))) for name in OBJECTIVES[:3]}
     order, nats = torch.randperm(len(images.images), generator=torch.Generator().manual_seed(seed)), []
     for g, group in enumerate(groups):
         places = (torch.arange(per_group, dtype=torch.float64) + 0.5) / per_group
@@ -339,7 +339,7 @@ def main():
     common.settle_image_flags(args)
     images = common.every_second(common.load_held_out(args, 10_000), 0)
     visited = sampling_timesteps(args.sampling_steps)[:-1]
-    groups = noise_groups(visited)
+    groups = noise_groups(model.noise.log_snr, visited)
     harms, nats = measure_harm([(model, share) for share in SHARES], images, groups, args.per_group)
     if images.classes:
         by_group = ", ".join(f"{group[0]}-{group[-1]}: {x:.2f}" for group, x in zip(groups, nats))

@@ -64,7 +64,7 @@ REFERENCE = dict.fromkeys(CONTESTANTS, "plain") | {"slices": "stratified"}
 
 def expected_cost(s: Settings, config: Config, steps: int) -> int:
     """Multiply-adds of a run of `steps` steps, if no plateau shortens its curriculum."""
-    stages = flops.longest_curriculum(steps, s.curriculum_groups, s.curriculum_share)
+    stages = flops.longest_curriculum(steps, s.curriculum_groups, s.curriculum_share, config.noise)
     return flops.training_run(config, steps, s.batch_size, stages, s.orthogonality > 0, s.slices)
 
 

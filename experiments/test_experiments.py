@@ -671,13 +671,13 @@ def test_groups_and_weights_of_the_fit():
     fall of log-SNR; T counts as T - 1."""
     for steps in (1, 3, 10, 50, 1000):
         visited = schedule.sampling_timesteps(steps)[:-1]
-        groups = fit_ranks.noise_groups(visited)
+        groups = fit_ranks.noise_groups(NOISE.log_snr, visited)
         assert [t for group in groups for t in group] == list(range(1, T + 1))
         assert all(any(t in group for t in visited) for group in groups)
-    assert len(groups) == 10 and len(fit_ranks.noise_groups([1000])) == 1
+    assert len(groups) == 10 and len(fit_ranks.noise_groups(NOISE.log_snr, [1000])) == 1
     for group, edge in zip(groups[1:], fit_ranks.EDGES):
         assert NOISE.log_snr[group[0]] <= edge < NOISE.log_snr[group[0] - 1]
-    weights = fit_ranks.elbo_weights()
+    weights = fit_ranks.elbo_weights(NOISE.log_snr)
     fall = (NOISE.log_snr[1:-1] - NOISE.log_snr[2:]) / 2
     assert torch.equal(weights[2:T], fall[:-1]) and weights[T] == 0 and weights[1] == weights[2]
 
@@ -707,7 +707,7 @@ def test_the_solver_against_every_choice():
 
 def test_a_fitted_profile_costs_no_more_than_the_constant_share():
     config, visited = Config(**TINY, method="elastic", keep=1.0, rho_min=0.1, image_size=8), schedule.sampling_timesteps(50)
-    groups = fit_ranks.noise_groups(visited[:-1])
+    groups = fit_ranks.noise_groups(NOISE.log_snr, visited[:-1])
     steps = np.array([sum(t in group for t in visited[:-1]) for group in groups])
     harm = np.outer(steps * np.arange(10, 0, -1.0), (1 - np.array(fit_ranks.SHARES)) ** 2)  # more where it is clean
     for share in (0.5, 0.25, 0.12):
@@ -731,10 +731,10 @@ def test_harm_of_few_channels(few, elastic_run):
     """Against losses computed one by one; none for all channels; a model that does not hear the label says nothing of
     it; layers with zeroed channels are those of fewer."""
     net, images = opened(elastic_run[0])[0], data.load(str(few[3]))
-    groups = fit_ranks.noise_groups([200, 600, 1000])
+    groups = fit_ranks.noise_groups(NOISE.log_snr, [200, 600, 1000])
     harm, nats = fit_ranks.measure_harm([(net, 0.2), (net, None)], images, groups, 6, seed=3)
     assert all((table[:, -1] == 0).all() for table in harm.values()) and len(nats) == len(groups)
-    order, weights = torch.randperm(40, generator=torch.Generator().manual_seed(3)), fit_ranks.elbo_weights()
+    order, weights = torch.randperm(40, generator=torch.Generator().manual_seed(3)), fit_ranks.elbo_weights(NOISE.log_snr)
     for g, group in enumerate(groups):
         t = group[0] + ((torch.arange(6, dtype=torch.float64) + 0.5) / 6 * len(group)).long()
         batch = common.noised_batch(net, images, order[torch.arange(6)], t, range(6 * g, 6 * g + 6), 3)
