@@ -195,5 +195,8 @@ class Curriculum:
         return {name: getattr(self, name) for name in ("stage", "start", "ema", "best", "since_best")}
 
     def load_state_dict(self, state: dict) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
+        """Raises ValueError for what cannot be a state."""
+        for name in self.state_dict():
+            if not isinstance(state[name], (int, float, type(None))):
+                raise ValueError(f"{name} of the curriculum is not a number")
+            setattr(self, name, state[name])

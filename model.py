@@ -63,7 +63,7 @@ class Config:
     patch: int = setting(2, low=1)
     image_size: int = setting(32, low=1)
     channels: int = setting(3, low=1)
-    num_classes: int = setting(10, "label rows of the model; otherwise the dataset's", low=0)
+    num_classes: int = setting(10, "label rows of the model; otherwise the dataset's", low=0, high=10**6)
     noise: str = setting("cosine", "noise schedule; linear: betas from 1e-4 to 0.02", choices=NOISES)
     predict: str = setting("eps", "what the model predicts: the noise, v = sqrt(ab) eps - sqrt(1 - ab) x_0, "
                            "or the image; tiny: v", choices=PREDICTIONS)

@@ -1942,7 +1942,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path, monkeypat
     (["--steps", 0], "at least 1"), (["--batch-size", -1], "at least 1"), (["--seed", -5], "--seed"),
     (["--lr", "inf"], "--lr"), (["--keep", 0], "--keep"), (["--keep", 1.1], "--keep"), (["--rho-min", 2], "--rho-min"),
     (["--warm-start", -1], "--warm-start"), (["--model", "DiT-H/2"], "DiT-H/2"), (["--method", "lora"], "lora"),
-    (["--num-classes", 3], "10 classes"), (["--device", "tpu"], "tpu"), (["--device", "cuda"], "not available"),
+    (["--num-classes", 3], "10 classes"), (["--num-classes", 2**63 - 1], "--num-classes"), (["--device", "tpu"], "tpu"), (["--device", "cuda"], "not available"),
     (["--curriculum-groups", 100], ("--curriculum-groups 100", "at most 50")), (["--curriculum-share", 0], "above 0"),
     (["--curriculum-share", 2], "--curriculum-share"), (["--dense-mlp-blocks", -1], "at least 0"),
     (["--dataset", ""], "no dataset"), (["--label-dropout", 7], "--label-dropout"), (["--frobnicate"], "frobnicate"),
@@ -2049,6 +2049,7 @@ def test_resume_refuses_what_does_not_belong_together(run, tmp_path):
     moments = state["optimizer"]["state"] | {0: state["optimizer"]["state"][0] | {"exp_avg": torch.zeros(10**5)}}
     for content, says in (({"step": 6}, "not a file that train.py wrote"), (state | {"model": {}}, "does not fit"),
                           (state | {"step": "six"}, "does not fit"),
+                          (state | {"curriculum": state["curriculum"] | {"start": [1]}}, "start of the curriculum"),
                           (state | {"optimizer": state["optimizer"] | {"state": moments}}, "optimiser")):
         torch.save(content, folder / "state.pt")
         refuses(train, "--resume", "--steps", 20, "--out", folder, says=("state.pt", says))
