@@ -1,4 +1,4 @@
-"""Images as one uint8 tensor, and their labels.
+"""Images as one uint8 tensor, or latents of an autoencoder as one of floats, and their labels.
 
 An image dataset is here one tensor (N, 3, H, W) of bytes on the device, and a batch is an index into it:
 CIFAR-10 takes 154 MB. So there are no worker processes, and no file is read while a model trains.
@@ -28,7 +28,8 @@ from script import InputError, check_sha256, end_progress, one_line, show_progre
 
 @dataclass
 class Dataset:
-    """images uint8 (N, 3, H, W), 0 to 255; labels int64 (N,), zeros where there are no classes."""
+    """images uint8 (N, 3, H, W), 0 to 255, or latents float (N, C, H, W); labels int64 (N,), zeros where
+    there are no classes."""
     name: str
     images: torch.Tensor
     labels: torch.Tensor
@@ -54,14 +55,21 @@ def _epoch_order(n: int, seed: int, epoch: int, device: torch.device) -> torch.T
     return torch.randperm(n, generator=g).to(device)
 
 
-def to_unit(images: torch.Tensor) -> torch.Tensor:
-    """uint8 0..255 -> float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
+def to_unit(images: torch.Tensor, mean: tuple = (), std: tuple = ()) -> torch.Tensor:
+    """uint8 0..255 -> float32 in [-1, 1]; or latents (N, C, H, W), of given mean and deviation for each
+    channel, -> float32 of mean 0 and deviation 1."""
+    if not mean:
+        return images.float() / 127.5 - 1
+    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (mean, std))
+    return (images.float() - mean) / std
 
 
-def to_uint8(x: torch.Tensor) -> torch.Tensor:
-    """float in [-1, 1] -> uint8 0..255, rounded to nearest; values outside are clipped."""
-    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+def from_unit(x: torch.Tensor, mean: tuple = (), std: tuple = ()) -> torch.Tensor:
+    """The way back: float in [-1, 1] -> uint8 0..255, rounded to nearest, the rest clipped; or latents."""
+    if not mean:
+        return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    mean, std = (torch.tensor(values, device=x.device)[:, None, None] for values in (mean, std))
+    return mean + std * x.float()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -143,7 +151,7 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())  # we say what is wro
 class Source:
     name: str
     n: int
-    read: Callable[[int, int], torch.Tensor]  # images i..j-1, uint8 (j - i, 3, H, W), or InputError
+    read: Callable[[int, int], torch.Tensor]  # i..j-1: uint8 (j - i, 3, H, W) or latents (j - i, C, H, W)
     labels: torch.Tensor | None  # int64 (n,)
     classes: list[str]  # their names, by label; empty without labels
     cache_key: str | None = None  # changes with the content; None where reading is fast already
@@ -279,12 +287,21 @@ def _pixels(data: bytes, size: int | None, crop: int | None) -> np.ndarray:
 
 
 def _npz(path: Path, archive: zipfile.ZipFile, size: int | None) -> Source:
-    """`images` (N, H, W, 3) uint8 with optional `labels`, or `arr_0` as the ADM evaluation suite writes."""
-    keys = archive.namelist()
-    with _refusing(f"{path} is not a readable .npz of `images` or `arr_0`"), catch_warnings(action="ignore"):
-        images = np.asarray(np.load(archive.open("images.npy" if "images.npy" in keys else "arr_0.npy")))
-        labels = np.asarray(np.load(archive.open("labels.npy"))) if "labels.npy" in keys else None
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or images.size == 0:
+    """`images` (N, H, W, 3) uint8, or `arr_0` as the ADM evaluation suite writes, or `latents` (N, C, H, W)
+    float16 or float32; and optional `labels`."""
+    keys = [key.removesuffix(".npy") for key in archive.namelist()]
+    key = next((key for key in ("latents", "images") if key in keys), "arr_0")
+    no_npz = f"{path} is not a readable .npz of `images`, `arr_0` or `latents`"
+    with _refusing(no_npz), catch_warnings(action="ignore"):
+        images = np.asarray(np.load(archive.open(f"{key}.npy")))
+        labels = np.asarray(np.load(archive.open("labels.npy"))) if "labels" in keys else None
+    if key == "latents":
+        if images.dtype not in (np.float16, np.float32) or images.ndim != 4 or images.size == 0:
+            raise InputError(f"{path}: the latents are {images.dtype} {images.shape}, not float (N, C, H, W)")
+        if not (np.abs(images) < 1e4).all():
+            raise InputError(f"{path}: the latents hold NaN or numbers of 10,000 and more")
+        images = images.transpose(0, 2, 3, 1)
+    elif images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or images.size == 0:
         raise InputError(f"{path}: the images are {images.dtype} {images.shape}, not uint8 (N, H, W, 3)")
     if size not in (None, images.shape[1]):
         raise InputError(f"{path} is taken as it is, in {images.shape[1:3]} pixels; leave --image-size out")
@@ -294,7 +311,7 @@ def _npz(path: Path, archive: zipfile.ZipFile, size: int | None) -> Source:
             raise InputError(f"{path}: `labels` is {labels.dtype} {labels.shape}, not {n} numbers to 9,999")
         classes = [str(label) for label in range(int(labels.max()) + 1)]
         labels = torch.from_numpy(labels.astype(np.int64))
-    images = torch.from_numpy(images).permute(0, 3, 1, 2)  # (N, 3, H, W)
+    images = torch.from_numpy(images).permute(0, 3, 1, 2)  # (N, C, H, W)
     return Source(str(path), n, lambda i, j: images[i:j], labels, classes)
 
 

@@ -32,7 +32,7 @@ from torchvision.models import Inception3
 
 from data import Source, open_source
 from script import (InputError, Parser, check_sha256, end_progress, one_line, pick_device,
-                    positive_int, run_script, sha256_of, show_progress, write_then_rename)
+                    positive_int, read_torchscript, run_script, sha256_of, show_progress, write_then_rename)
 
 # ----------------------------------------------------------------------------------------------------
 # The measures
@@ -270,12 +270,8 @@ def file_extractor(path: Path) -> Extractor:
     name = f"{path.name} sha256:{sha256_of(path)[:12]}"
 
     def load(device: torch.device) -> Callable:
-        try:
-            with warnings.catch_warnings(action="ignore"):  # newer torch calls TorchScript old
-                module = torch.jit.load(path, device).eval()
-        except Exception:  # a foreign file can fail in any way
-            raise InputError(f"--features {path} is no TorchScript file (torch.jit.save); "
-                             "experiments/classifier.py writes one (NAME.features.pt)") from None
+        what = "--features; experiments/classifier.py writes one (NAME.features.pt)"
+        module = read_torchscript(path, device, what)
         return lambda images: (module(images), None)
 
     return Extractor(name, load)

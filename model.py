@@ -56,7 +56,10 @@ class Config:
     values that do not fit. Fields with a text are flags of train.py and flops.py.
 
     num_classes: label rows besides the extra one for "no class"; 0 for unconditional data
+    mean, std: of each channel of the latents that the model is for; empty for one of images
     """
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
     depth: int = setting(12, low=1, high=1000)  # or a damaged file would build layers for hours
     width: int = setting(384, low=1)
     heads: int = setting(6, low=1)
@@ -87,7 +90,12 @@ class Config:
     def __post_init__(self):
         if isinstance(self.rank_profile, list):  # as JSON has it; a tuple can be hashed
             object.__setattr__(self, "rank_profile", tuple(map(tuple, self.rank_profile)))
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
         check_fields(self)
+        if self.mean and (not len(self.mean) == len(self.std) == self.channels
+                          or not all(abs(m) < 1e4 and 1e-6 < s < 1e4 for m, s in zip(self.mean, self.std))):
+            raise InputError(f"mean {self.mean} and std {self.std} are not those of {self.channels} channels")
         self.rank_schedule()  # raises ValueError for a profile that is none
         if self.image_size % self.patch:
             raise InputError(f"image size {self.image_size} is not divisible by the patch size {self.patch}; "

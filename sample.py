@@ -22,12 +22,12 @@ from PIL import Image
 from torchvision.utils import make_grid
 
 import flops
-from data import IMAGE_ENDINGS, to_uint8
+from data import IMAGE_ENDINGS, from_unit
 from model import Config, DiT, read_profile
 from schedule import T, NoiseSchedule, Profile, predicted_x_0_and_eps, sampling_timesteps, share_at
 from script import (DEVICES, DTYPES, InputError, Parser, add_flags, check_fields, duration, end_progress,
-                    newest_run, one_line, pick_device, pick_dtype, read_checkpoint, run_script, setting,
-                    show_progress, write_then_rename)
+                    newest_run, one_line, pick_device, pick_dtype, read_checkpoint, read_torchscript,
+                    run_script, setting, show_progress, write_then_rename)
 
 # ----------------------------------------------------------------------------------------------------
 # From the model to x_0 and eps
@@ -110,10 +110,12 @@ def denoiser(model: DiT | Predictor, y: torch.Tensor | None, guidance: float, cl
     would cost x_0 four digits. model: a DiT, used with labels y and guidance, or any callable eps(x, t).
 
     clip: x_0 is clipped to [-1, 1] and eps made to fit it: of a model that predicts eps, errors are
-    amplified 20,291 times at t = T and 64 times at 990. A model of v or x_0 does not need it there."""
+    amplified 20,291 times at t = T and 64 times at 990. A model of v or x_0 does not need it there. Latents,
+    which have no bounds, are never clipped."""
     output, predict, alpha_bar = model, "eps", noise_of(model).alpha_bar.tolist()  # Python floats: float64
     if isinstance(model, DiT):
         output, predict = guided(model, y, guidance, shares), model.config.predict
+        clip = clip and not model.config.mean
 
     def x_0_and_eps(x, t):
         signal, noise = alpha_bar[t] ** 0.5, (1 - alpha_bar[t]) ** 0.5
@@ -245,7 +247,8 @@ class ImageNoise:
 def draw_images(model: DiT, indices: range, classes: list[int], seed: int = 0, sampler: str = "ddim",
                 steps: int = 100, guidance: float = 2.0, clip: bool = True, shares: Shares = Shares(),
                 dtype: torch.dtype = torch.float32, on_step: Callable[[int], None] = lambda n: None):
-    """Images number `indices` of this seed: uint8 (n, C, H, W) on the CPU, and their labels (n,).
+    """Images number `indices` of this seed: uint8 (n, 3, H, W) on the CPU, or latents float32 (n, C, H, W) as
+    the autoencoder gave them; and their labels (n,).
 
     classes: image i is of class classes[i % len(classes)]; empty for unconditional images
     dtype: of the matrix products; on_step: called with the number of sampling steps done
@@ -259,7 +262,8 @@ def draw_images(model: DiT, indices: range, classes: list[int], seed: int = 0, s
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for done, x in enumerate(images, 1):
             on_step(done)
-    return to_uint8(x).cpu(), torch.zeros(len(indices), dtype=torch.int64) if labels is None else labels
+    images = from_unit(x, model.config.mean, model.config.std).cpu()
+    return images, torch.zeros(len(indices), dtype=torch.int64) if labels is None else labels
 
 
 def save_png(path: Path, image: torch.Tensor) -> None:
@@ -351,6 +355,9 @@ class Options:
                                  "guidance, such as 0.25", above=0, high=1)
     guide_class: str = setting("none", "what the second pass is told; same: the class, so that guidance "
                                "comes from the smaller share alone", choices=("none", "same"))
+    decoder: str | None = setting(None, "models of latents: a TorchScript module from them (N, C, H, W) to "
+                                  "images (N, 3, H, W), uint8 or in [-1, 1]. It is code, and runs",
+                                  metavar="FILE")
     clip: bool = setting(True, "clip predicted images to [-1, 1] at every step")
     seed: int = setting(0, "of the noise", low=0)
     out: str | None = setting(None, "a grid, an array for fid.py, or a folder of PNGs (default: a grid in "
@@ -391,6 +398,28 @@ def choose_shares(config: Config, o: Options) -> Shares:
     return shares
 
 
+def load_decoder(o: Options, config: Config, device: torch.device) -> Callable | None:
+    """What --decoder names: from latents (n, C, H, W) to images uint8 (n, 3, H, W). Raises InputError."""
+    if not o.decoder:
+        return None
+    if not config.mean:
+        raise InputError("--decoder: this model draws images, not latents; leave it out")
+    module = read_torchscript(Path(o.decoder), device, "--decoder; experiments/autoencoder.py writes one")
+
+    @torch.no_grad()
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        try:
+            images = module(latents.to(device)).cpu()
+            if images.ndim != 4 or images.shape[:2] != (len(latents), 3):
+                raise ValueError(f"it gives {tuple(images.shape)}")
+        except Exception as error:  # a stranger's module can fail in any way
+            raise InputError(f"{o.decoder} fails on latents {tuple(latents.shape)} ({one_line(error)}): "
+                             "it must give images (N, 3, H, W)") from None
+        return images if images.dtype == torch.uint8 else from_unit(images.float())
+
+    return decode
+
+
 def check_out(out: Path, as_folder: bool) -> None:
     """What cannot be written is better known before the drawing. Raises InputError."""
     if as_folder and out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -416,9 +445,14 @@ def main():
             print("note: --guidance has no effect: this model was trained without classes")
         guidance = 1.0
     batch_size = o.batch_size or (100 if device.type == "cpu" else 500)
-    out = Path(o.out or run / "samples" / f"{o.sampler}{o.steps}_seed{o.seed}.png")
+    decode = load_decoder(o, model.config, device)
+    as_latents = bool(model.config.mean) and not decode
+    name = f"{o.sampler}{o.steps}_seed{o.seed}" + (".npz" if as_latents else ".png")
+    out = Path(o.out or run / "samples" / name)
     as_folder = out.suffix not in (".png", ".npz")
     check_out(out, as_folder)
+    if as_latents and out.suffix != ".npz":
+        raise InputError(f"--out {out}: latents are no pictures; give FILE.npz, or a --decoder to see them")
 
     start, end, images, labels = time.time(), o.first + o.num, [], []
     for first in range(o.first, end, batch_size):
@@ -433,6 +467,7 @@ def main():
 
         drawn, drawn_labels = draw_images(model, indices, classes, o.seed, o.sampler, o.steps,
                                           guidance, o.clip, shares, dtype, on_step)
+        drawn = decode(drawn) if decode else drawn
         if as_folder:
             for i, image in zip(indices, drawn):
                 save_png(out / f"{i:06d}.png", image)
@@ -441,8 +476,9 @@ def main():
             labels.append(drawn_labels)
     end_progress()
     if out.suffix == ".npz":
-        arrays = {"arr_0": torch.cat(images).permute(0, 2, 3, 1).numpy(), "labels": torch.cat(labels).numpy()}
-        write_then_rename(out, lambda file: np.savez(file, **arrays))
+        drawn = torch.cat(images)
+        arrays = dict(latents=drawn) if as_latents else dict(arr_0=drawn.permute(0, 2, 3, 1))
+        write_then_rename(out, lambda file: np.savez(file, **arrays, labels=torch.cat(labels)))
     elif out.suffix == ".png":
         save_grid(out, torch.cat(images), grid_columns(len(classes)))
         if len(classes) == grid_columns(len(classes)):

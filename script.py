@@ -125,7 +125,7 @@ def add_flags(parser, dataclass, only: tuple[str, ...] | None = None) -> None:
     it can be told from a default. parser: or a group of one."""
     for f in fields(dataclass):
         m, kind = f.metadata, _kind(f)
-        if not m["help"] or (only and f.name not in only):
+        if not m.get("help") or (only and f.name not in only):
             continue
         default = {True: "on", False: "off"}[f.default] if kind is bool else f.default
         text = (m["help"] + ("" if default is None else f" (default {default})")).replace("%", "%%")
@@ -142,8 +142,8 @@ def check_fields(values) -> None:
     """Checks every field of a dataclass instance that `setting` made. Raises InputError naming the flag."""
     for f in fields(values):
         value, m, kind = getattr(values, f.name), f.metadata, _kind(f)
-        if isinstance(f.type, types.UnionType) and type(value) in f.type.__args__[1:]:
-            continue  # None, say
+        if not m or (isinstance(f.type, types.UnionType) and type(value) in f.type.__args__[1:]):
+            continue  # not made by `setting`; or None, say
         if m["choices"]:
             fits = isinstance(value, str) and value in m["choices"]
             wanted = f"one of {', '.join(m['choices'])}"
@@ -323,6 +323,16 @@ def check_sha256(path: Path, expected: str) -> None:
     if found != expected:
         raise InputError(f"{path} is damaged or not the file it claims to be (SHA-256 {found[:12]}..., "
                          f"expected {expected[:12]}...); delete it and fetch it again")
+
+
+def read_torchscript(path: Path, device: torch.device, what: str) -> Callable:
+    """A TorchScript module in evaluation mode. It is code, and runs: for files of people you trust alone.
+    what: the flag and where such files come from, for the InputError if it is none."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # newer torch calls TorchScript old
+            return torch.jit.load(path, device).eval()
+    except Exception:  # a foreign file can fail in any way
+        raise InputError(f"{path} is no TorchScript file (torch.jit.save) for {what}") from None
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -1035,9 +1035,9 @@ def test_every_epoch_is_a_permutation(n, batch):
 def test_pixels_survive_the_round_trip():
     """uint8 -> [-1, 1] -> uint8 is the identity; values outside are clipped, not wrapped."""
     levels = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(data.to_uint8(data.to_unit(levels)), levels)
+    assert torch.equal(data.from_unit(data.to_unit(levels)), levels)
     assert data.to_unit(levels)[[0, 255]].tolist() == [-1, 1]
-    assert data.to_uint8(torch.tensor([-1.5, 1.5])).tolist() == [0, 255]
+    assert data.from_unit(torch.tensor([-1.5, 1.5])).tolist() == [0, 255]
 
 
 @pytest.mark.parametrize("n, size", [(1, 16), (5, 33), (9, 16), (40, 16)])
@@ -1161,7 +1161,7 @@ def test_cifar10_that_cannot_be_had(tmp_path, monkeypatch):
     ({"x.zip": b""}, "neither a folder"), ({"x.zip": zipped("a.txt", b"")}, "holds no images"),
     ({"x.zip": zipped("a\nb.png", b"")}, "b.png' is not a readable image"), ({"x.npz": b""}, "not a readable .npz"),
     ({"x.npz": zipped("images.npy", LIE)}, "not a readable .npz"),
-    ({"x.npz": to_bytes(np.savez, mu=PIXELS)}, "not a readable .npz of `images` or `arr_0`"),
+    ({"x.npz": to_bytes(np.savez, mu=PIXELS)}, "not a readable .npz of `images`, `arr_0` or `latents`"),
     *[({"x.npz": to_bytes(np.savez, arr_0=x)}, "are|pickle") for x in (PIXELS / 2, PIXELS[0], PIXELS[:0], 3, [None])],
     *[({"x.npz": to_bytes(np.savez, images=PIXELS, labels=x)}, "`labels` is|pickle") for x in NO_LABELS]])
 def test_what_cannot_be_used_is_refused_in_one_line(files, says, tmp_path):
@@ -2114,6 +2114,103 @@ def test_two_processes_take_the_steps_of_one(more, tmp_path):
         assert losses == pytest.approx(others, rel=1e-3)
     done(train, "--resume", "--steps", 14, "--slices", 1, "--out", tmp_path / "two")  # two began it, one goes on
     assert saved(tmp_path / "two")["step"] == 14
+
+
+# ----------------------------------------------------------------------------------------------------
+# Latents
+
+
+class Decoder(torch.nn.Module):
+    """Of latents (N, 4, h, w): images of twice the side, float beyond [-1, 1] or uint8, or of one channel."""
+
+    def __init__(self, kind: str = "float"):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, z):
+        if self.kind == "grey":
+            return z[:, :1]
+        images = z[:, :3].repeat_interleave(2, 2).repeat_interleave(2, 3) - 2.0
+        return images if self.kind == "float" else ((images + 1) * 100).clamp(0, 255).to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    """A folder with latents.npz (60, 4, 8, 8), of three classes and other means and deviations in each channel, a run of
+    six steps on them, and decoders."""
+    folder = tmp_path_factory.mktemp("latents")
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(60, 4, 8, 8, generator=g) * torch.tensor([1, 2, 0.5, 10])[:, None, None] + torch.arange(4)[:, None, None]
+    np.savez(folder / "latents.npz", latents=z.half().numpy(), labels=np.arange(60) % 3)
+    with warnings.catch_warnings(action="ignore"):  # newer torch calls TorchScript old
+        for kind in ("float", "bytes", "grey"):
+            torch.jit.script(Decoder(kind)).save(folder / f"{kind}.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model.PRESETS, "tiny", ONE_BLOCK | dict(predict="eps"))
+        done(train, "--dataset", folder / "latents.npz", "--model", "tiny", "--steps", 6, "--batch-size", 4, "--lr", 0.01,
+             "--ema-decay", 0, "--out", folder / "run", "--data-dir", folder, "--device", "cpu")
+    return folder
+
+
+def test_latents_are_normalised_and_never_flipped_or_clipped(latents):
+    """By mean and deviation of each channel, which the model keeps; v unless told otherwise; the way back is exact."""
+    net, z = sample.load_model(latents / "run", CPU)[0], torch.from_numpy(np.load(latents / "latents.npz")["latents"])
+    config = net.config
+    assert config.channels == 4 and config.predict == "v" and config.num_classes == 3 and {config: 1}[config]
+    unit = data.to_unit(z, config.mean, config.std)
+    assert unit.mean((0, 2, 3)).abs().max() < 1e-4 and (unit.std((0, 2, 3)) - 1).abs().max() < 1e-3
+    assert relative(data.from_unit(unit, config.mean, config.std), z.float()) < 1e-6
+    dataset = data.load(str(latents / "latents.npz"))
+    s, state = training_state(config, flip=True)
+    batch = train.draw_batch(dataset, state, s)
+    assert all(any(torch.allclose(x, image) for image in unit) for x in batch.x_0)
+    wild = lambda x, t: torch.full_like(x, 3.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "guided", lambda *_: wild)
+        x_0, eps = sample.denoiser(net, None, 1.0, clip=True)(torch.zeros(1, 4, 8, 8), 500)
+    assert relative(x_0, -3 * (1 - AB[500]).sqrt() * torch.ones(1, 4, 8, 8)) < 1e-5 and x_0.abs().max() > 1
+    assert not (latents / "run" / "samples").exists()  # a grid of latents would be no picture
+
+
+def test_latents_are_sampled_and_decoded(latents, tmp_path, monkeypatch):
+    """To a .npz as they came, whatever the batch; with a decoder to pictures; a resumed run has the same normalisation."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--run", latents / "run", "--num", 5, "--steps", 2]
+    done(sample, *flags, "--out", "all.npz"), done(sample, *flags, "--out", "one.npz", "--batch-size", 1)
+    with np.load("all.npz") as file, np.load("one.npz") as other:
+        z, labels = file["latents"], file["labels"]
+        assert z.dtype == np.float32 and z.shape == (5, 4, 8, 8) and labels.tolist() == [0, 1, 2, 0, 1]
+        assert np.abs(z - other["latents"]).max() < 1e-4 * np.abs(z).max()
+    for kind in ("float", "bytes"):
+        done(sample, *flags, "--out", f"{kind}.npz", "--decoder", latents / f"{kind}.pt")
+        images = Decoder(kind)(torch.from_numpy(z))
+        images = images if kind == "bytes" else data.from_unit(images)
+        with np.load(f"{kind}.npz") as file:
+            assert np.array_equal(file["arr_0"], images.permute(0, 2, 3, 1))
+    done(sample, *flags, "--out", "x.png", "--decoder", latents / "float.pt")
+    shutil.copytree(latents / "run", "r")
+    done(train, "--resume", "--out", "r", "--steps", 8)
+    assert sample.load_model(Path("r"), CPU)[0].config == sample.load_model(latents / "run", CPU)[0].config
+    assert data.load("all.npz").images.dtype == torch.float32
+
+
+def test_latents_that_do_not_fit_are_refused(latents, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good = np.load(latents / "latents.npz")["latents"]
+    bad = {"NaN": np.where(good > 3, np.nan, good), "NaN ": good * np.inf, "float64": good.astype(float), "(60,": good[:, 0],
+           "(0,": good[:0], "labels": good}
+    for says, z in bad.items():
+        np.savez("x.npz", latents=z, labels=np.arange(9))
+        refuses(train, "--dataset", "x.npz", "--model", "tiny", says=says.strip())
+    np.savez("three.npz", latents=good[:, :3], labels=np.arange(60) % 3)
+    refuses(train, "--resume", "--out", latents / "run", "--dataset", "three.npz", says="3 channels")
+    refuses(train, "--resume", "--out", latents / "run", "--noise", "linear", says="--noise linear (the run has cosine)")
+    flags = ["--run", latents / "run", "--num", 2, "--steps", 1]
+    refuses(sample, *flags, "--out", "x.png", says="--decoder")
+    for decoder, says in (("grey.pt", "it gives (2, 1, 8, 8)"), ("latents.npz", "no TorchScript"), ("none.pt", "no TorchScript")):
+        refuses(sample, *flags, "--decoder", latents / decoder, says=says)
+    refuses(sample, "--run", run, "--decoder", latents / "float.pt", says="draws images")
+    refuses(fid, latents / "latents.npz", "shapes", "--features", latents / "float.pt", says="uint8")
 
 
 # ----------------------------------------------------------------------------------------------------

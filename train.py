@@ -148,7 +148,7 @@ def draw_batch(dataset: Dataset, state: "State", s: Settings) -> Batch:
     config, device, rng = state.model.config, dataset.images.device, state.device_rng
     index = batch_indices(len(dataset.images), state.step, s.batch_size, s.seed, device)
     x_0, y = dataset.images[index], dataset.labels[index]
-    if s.flip:
+    if s.flip and not config.mean:  # a mirrored image has other latents than mirrored ones
         flipped = torch.rand(len(x_0), 1, 1, 1, device=device, generator=rng) < 0.5
         x_0 = torch.where(flipped, x_0.flip(3), x_0)
     if dataset.classes:
@@ -166,7 +166,7 @@ def draw_batch(dataset: Dataset, state: "State", s: Settings) -> Batch:
     elif state.model.rank_schedule:
         phi = state.model.rank_schedule.active(t, max(state.model.ranks))
         t = t[phi.argsort(descending=True, stable=True)]  # the order it has already if Phi falls with t
-    return Batch(to_unit(x_0), y, eps, t, share)
+    return Batch(to_unit(x_0, config.mean, config.std), y, eps, t, share)
 
 
 def denoising_loss(net, model: DiT, batch: Batch, dtype: torch.dtype = torch.float32, distil: bool = False):
@@ -243,6 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     slices = s.slices or (6 if s.model != "tiny" and device.type == "cpu" else 1)
     mine = slice(processes.number, None, processes.count)  # by falling rank: as much work as the others'
     pictures, classes = run.folder / "samples", len(run.dataset.classes)
+    draws = s.sample_every > 0 and not state.model.config.mean  # latents are no pictures
     stop, stopping = Stop(), False
 
     while state.step < s.steps and not stopping:
@@ -267,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
             stopping = any(processes.gather(stop.asked))
         if state.step % s.save_every == 0 or state.step == s.steps or stopping:
             save(run)
-        due = s.sample_every and state.step % s.sample_every == 0 and state.step < s.steps
+        due = draws and state.step % s.sample_every == 0 and state.step < s.steps
         if due and state.curriculum.t_low == 1 and processes.number == 0:  # a picture takes all timesteps
             draw_grid(pictures / f"step_{state.step:07d}.png", state.ema, classes, s.guidance)
         if not state.losses:  # images per second are counted from after what was saved and drawn
@@ -282,7 +283,7 @@ def main(argv: list[str] | None = None) -> None:
     masked = run.masked_cost * s.steps
     print(f"done, {duration(time.time() - run.begin)} in this call: {state.spent:.3g} multiply-adds" +
           (f", {1 - state.spent / masked:.1%} less than with masks alone" if state.spent < masked else ""))
-    if s.sample_every and processes.number == 0:
+    if draws and processes.number == 0:
         draw_grid(pictures / "final.png", state.ema, classes, s.guidance)
         print(f"picture     {pictures / 'final.png'}")
     print(f"more        python sample.py --run {run.folder}")
@@ -406,10 +407,16 @@ def open_run(argv: list[str] | None) -> tuple[Run, dict]:
     (height, width), classes = source.read(0, 1).shape[2:], len(source.classes)
     if height != width:
         raise InputError(f"{source.name} has images of {width}x{height}; --image-size N makes them square")
-    config = preset_config(s.model, flags | {"image_size": height}, num_classes=classes)
-    if config.num_classes < classes:
-        raise InputError(f"{source.name} has {classes} classes, the model only {config.num_classes}")
     dataset = decode(source, s.data_dir).to(processes.device)
+    facts = dict(num_classes=classes)
+    if dataset.images.dtype != torch.uint8:
+        std, mean = torch.std_mean(dataset.images.float(), (0, 2, 3))
+        # unclipped, as latents must be, eps would multiply errors by 20,290 at t = T
+        facts |= dict(channels=len(mean), mean=mean.tolist(), std=std.tolist(), predict="v")
+    config = preset_config(s.model, flags | {"image_size": height}, **facts)
+    if config.num_classes < classes or config.channels != dataset.images.shape[1]:
+        raise InputError(f"{source.name} has {classes} classes and {dataset.images.shape[1]} channels, "
+                         f"the model only {config.num_classes} and {config.channels}")
     if not processes.number:
         processes.gather(None)
     if folder is None:
@@ -521,7 +528,8 @@ def print_summary(run: Run, given: dict, dtype: torch.dtype) -> None:
              "the rank profile says it all"),
             (s.curriculum_groups <= 1, "curriculum_share curriculum_alpha curriculum_sampling restart",
              "there is no curriculum"),
-            (not dataset.classes, "label_dropout guidance", "the images have no classes")):
+            (not dataset.classes, "label_dropout guidance", "the images have no classes"),
+            (config.mean, "flip sample_every", "latents are not flipped, and only sample.py draws them")):
         for name in names.split():
             if applies and name in given:
                 print(f"note: {flag(name)} has no effect: {why}")

@@ -171,7 +171,7 @@ def noised_batch(model: DiT, dataset: Dataset, images: torch.Tensor, t: torch.Te
     """Image number images[i] of `dataset` at timestep t[i], both int64 (B,), with the noise of sample samples[i]
     of the seed: the same whatever the model and the batch."""
     device = model.position.device
-    x_0 = to_unit(dataset.images[images]).to(device)
+    x_0 = to_unit(dataset.images[images], model.config.mean, model.config.std).to(device)
     y = dataset.labels[images] if dataset.classes else torch.full_like(images, model.config.num_classes)
     return train.Batch(x_0, y.to(device), ImageNoise(seed, samples, x_0.shape[1:], device)(), t)
 

@@ -36,7 +36,7 @@ import common
 import flops
 import plot
 import train
-from data import Dataset, to_uint8
+from data import Dataset, from_unit
 from lowrank import low_rank_layers
 from model import Config, DiT
 from sample import ImageNoise, Shares, ddim, load_model
@@ -134,14 +134,14 @@ def measure_rollouts(model: DiT, judge: classifier.Judge, groups: list[range], s
     noise = ImageNoise(seed, range(num), shape, model.position.device)()
     y = torch.arange(num, device=noise.device) % config.num_classes if config.num_classes else None
     xs = [noise, *ddim(model, noise, steps, y, guidance)]  # x at each visited timestep
-    wanted = judge.network.features(to_uint8(xs[-1]))
+    wanted = judge.network.features(from_unit(xs[-1]))
     harm = np.zeros((len(groups), len(SHARES)))
     for g, group in enumerate(groups):
         first = next(i for i, t in enumerate(visited) if t in group)  # up to here nothing differs
         for k, share in enumerate(SHARES[:-1]):
             shares = Shares(((1, 1.0), (group[0], share), (group[-1] + 1, 1.0)))
             *_, x = ddim(model, xs[first], y=y, guidance=guidance, shares=shares, timesteps=visited[first:])
-            harm[g, k] = (judge.network.features(to_uint8(x)) - wanted).square().sum(1).mean()
+            harm[g, k] = (judge.network.features(from_unit(x)) - wanted).square().sum(1).mean()
         show_progress(f"rollouts: group {g + 1} of {len(groups)}")
     end_progress()
     return harm

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import sys
+import zipfile
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 import ablations
+import autoencoder
 import bench
 import classifier
 import common
@@ -33,6 +35,7 @@ import elastic
 import fid
 import fit_ranks
 import flops
+import latents
 import model
 import neighbours
 import plot
@@ -820,6 +823,90 @@ def test_samplers_script(few, elastic_run, tmp_path):
     images, labels = sample.draw_images(net, range(5), [*range(10)], sampler="heun", steps=3, guidance=2.0)
     assert rows[5]["frechet"] == pytest.approx(classifier.Judge(judge, test, CPU)(images, labels)["frechet"])
     assert samplers.steps_for("heun", 1) == 1 and samplers.steps_for("heun", 100) == 51
+
+
+# ----------------------------------------------------------------------------------------------------
+# autoencoder.py and latents.py
+
+
+def test_the_loss_of_the_autoencoder():
+    """Squared error, and the divergence of N(mean, variance) from N(0, 1), against torch's own."""
+    mean, log_variance, noise = torch.randn(3, 5, 4, 2, 2, dtype=torch.float64)
+    x, twice = torch.randn(5, 4, 2, 2, dtype=torch.float64), lambda z: 2 * z
+    z = mean + (log_variance / 2).exp() * noise
+    normal = torch.distributions.Normal
+    divergence = torch.distributions.kl_divergence(normal(mean, (log_variance / 2).exp()), normal(0.0, 1.0)).mean()
+    expected = (2 * z - x).square().mean() + 0.3 * divergence
+    assert autoencoder.loss_of(x, mean, log_variance, twice, 0.3, noise).item() == pytest.approx(expected.item())
+    images = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
+    assert autoencoder.psnr(images, images + 51) == pytest.approx(13.979, abs=1e-3)  # 20 log10(5)
+
+
+def test_from_images_to_latents_and_back(few, tmp_path):
+    """The latents train a model, whose samples the decoder turns into images; what is reported is what is written."""
+    judge = tmp_path / "clf.pt"
+    classifier.main([*map(str, few[:4]), "--steps", "3", "--out", str(judge), "--device", "cpu"])
+    out = runs(autoencoder, *few[:6], "--steps", 30, "--width", 8, "--classifier", judge, "--out", tmp_path / "ae")
+    result = json.loads((tmp_path / "ae" / "results.json").read_text())
+    assert f"PSNR {result['psnr']:.2f} dB" in out and result["psnr"] > 5 and result["frechet"] > 0
+    file = np.load(tmp_path / "ae" / "latents.npz")
+    assert file["latents"].shape == (40, 4, 2, 2) and file["latents"].dtype == np.float16
+    assert np.array_equal(file["labels"], data.load(str(few[1])).labels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model.PRESETS, "tiny", TINY | dict(patch=2))  # of 2 x 2 latents
+        train.main(["--dataset", str(tmp_path / "ae" / "latents.npz"), "--model", "tiny", "--steps", "2", "--device", "cpu",
+                    "--batch-size", "2", "--out", str(tmp_path / "run")])
+    runs(sample, "--run", tmp_path / "run", "--decoder", tmp_path / "ae" / "decoder.pt", "--num", 2, "--steps", 1, "--out",
+         tmp_path / "x.npz")
+    assert np.load(tmp_path / "x.npz")["arr_0"].shape == (2, 8, 8, 3)
+    refuses(autoencoder, *few[:6], "--width", 9, says="multiple of 8")
+    refuses(autoencoder, "--dataset", tmp_path / "ae" / "latents.npz", "--test", few[3], says="other classes or another")
+
+
+def test_latents_of_other_people(tmp_path):
+    """fast-DiT's two folders; EDM2's and REPA's folder or ZIP, of which a latent is drawn or the mean taken."""
+    rng = np.random.default_rng(0)
+    z, labels = rng.standard_normal((12, 4, 2, 2)).astype(np.float32), rng.integers(0, 5, 12)
+    for folder in ("z", "y"):
+        (tmp_path / folder).mkdir()
+    for i in range(12):  # 10.npy must come after 9.npy
+        np.save(tmp_path / "z" / f"{i}.npy", z[i:i + 1]), np.save(tmp_path / "y" / f"{i}.npy", labels[i:i + 1])
+    out = tmp_path / "out.npz"
+    runs(latents, tmp_path / "z", "--labels", tmp_path / "y", "--out", out)
+    assert np.array_equal(np.load(out)["latents"], z.astype(np.float16)) and np.array_equal(np.load(out)["labels"], labels)
+    assert data.load(str(out)).images.shape == (12, 4, 2, 2)
+    runs(latents, tmp_path / "z", "--out", out)
+    assert np.load(out).files == ["latents"]
+
+    both, edm, listing = np.concatenate([z, np.abs(z) / 2], axis=1), tmp_path / "edm", []
+    for i in range(12):
+        path = edm / f"0000{i % 3}" / f"img-mean-std-{i:08d}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, both[i])
+        listing.append([path.relative_to(edm).as_posix(), int(labels[i])])
+    (edm / "dataset.json").write_text(json.dumps({"labels": listing}))
+    with zipfile.ZipFile(tmp_path / "edm.zip", "w") as archive:
+        for file in edm.rglob("*.*"):
+            archive.write(file, file.relative_to(edm))
+    order = [i for g in range(3) for i in range(g, 12, 3)]  # by name
+    for source in (edm, tmp_path / "edm.zip"):
+        runs(latents, source, "--mean", "--out", out)
+        assert np.array_equal(np.load(out)["latents"], z[order].astype(np.float16))
+        assert np.array_equal(np.load(out)["labels"], labels[order])
+    runs(latents, edm, "--out", out, "--seed", 3)
+    drawn = (np.load(out)["latents"] - z[order]) / (np.abs(z[order]) / 2)
+    assert abs(drawn.mean()) < 0.2 and 0.8 < drawn.std() < 1.2
+    np.save(tmp_path / "y" / "12.npy", labels[:1])
+    refuses(latents, tmp_path / "z", "--labels", tmp_path / "y", "--out", out, says="13 labels")
+    np.save(tmp_path / "z" / "3.npy", np.full((1, 4, 2, 2), np.nan))
+    refuses(latents, tmp_path / "z", "--out", out, says=("3.npy", "finite"))
+    np.save(tmp_path / "z" / "3.npy", z[:1, :3])
+    refuses(latents, tmp_path / "z", "--out", out, says=("3.npy", "(3, 2, 2)"))
+    (edm / "dataset.json").write_text('{"labels": [["x.npy", 1]]}')
+    refuses(latents, edm, "--out", out, says="dataset.json")
+    np.save(path, z[0, :3])
+    refuses(latents, edm, "--out", out, says="means and deviations")
+    refuses(latents, tmp_path / "none", "--out", out, says="neither a folder nor a ZIP")
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,138 @@
+"""Latents that people already have, as the .npz that train.py takes.
+
+    python experiments/latents.py features/imagenet256_features --labels features/imagenet256_labels --out latents.npz
+    python experiments/latents.py vae-sd/ --out latents.npz
+    python experiments/latents.py vae-sd.zip --mean --out latents.npz
+
+Two layouts are known. fast-DiT: a folder of {i}.npy, (1, C, H, W) or (C, H, W), and a folder of {i}.npy with their
+labels. EDM2 and REPA: a folder or ZIP of img-mean-std-*.npy, in any subfolders, of 2 C channels: the means of the
+autoencoder's normal distribution and then its deviations; labels stand in dataset.json. Of these one latent each is
+drawn (--seed), or with --mean the means are taken. Latents are written in float16, scaled by nothing: train.py
+normalises each channel and keeps how.
+"""
+
+import io
+import json
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's top level
+from script import InputError, Parser, end_progress, one_line, run_script, show_progress, write_then_rename
+
+
+def open_files(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
+    """The names of all files in a folder or ZIP, and a way to read one. Raises InputError."""
+    if path.is_dir():
+        names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+        return names, lambda name: (path / name).read_bytes()
+    try:
+        archive = zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is neither a folder nor a ZIP ({one_line(error)})") from None
+    return sorted(archive.namelist()), archive.read
+
+
+def read_array(content: bytes, name: str) -> np.ndarray:
+    """Raises InputError if it is no .npy of finite numbers."""
+    try:
+        array = np.load(io.BytesIO(content), allow_pickle=False)
+        if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+            raise ValueError("it does not hold finite numbers")
+    except Exception as error:  # foreign bytes can fail in any way
+        raise InputError(f"{name} is no .npy of latents or labels ({one_line(error)})") from None
+    return array
+
+
+def numbered(names: list[str], where: Path) -> dict[int, str]:
+    """{i: name} of i.npy, in order. Raises InputError if there are none."""
+    found = {int(Path(name).stem): name for name in names if name.endswith(".npy") and Path(name).stem.isdecimal()}
+    if not found:
+        raise InputError(f"{where} holds neither img-mean-std-*.npy nor 0.npy, 1.npy, ...")
+    return dict(sorted(found.items()))
+
+
+def stack(arrays: list[np.ndarray], names: list[str]) -> np.ndarray:
+    for array, name in zip(arrays, names):
+        if array.ndim != 3 or array.shape != arrays[0].shape:
+            raise InputError(f"{name} has the shape {array.shape}, {names[0]} {arrays[0].shape}; expected are equal "
+                             "shapes (C, H, W)")
+    return np.stack(arrays)
+
+
+def from_fast_dit(path: Path, labels: Path | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """latents float32 (N, C, H, W), labels int64 (N,) or None. Raises InputError."""
+    names, read = open_files(path)
+    files, arrays = numbered(names, path), []
+    for i, name in files.items():
+        array = read_array(read(name), name)
+        arrays.append((array[0] if array.ndim == 4 and len(array) == 1 else array).astype(np.float32))
+        if len(arrays) % 1000 == 0:
+            show_progress(f"{len(arrays):,} of {len(files):,} latents")
+    if labels is None:
+        return stack(arrays, list(files.values())), None
+    label_names, read_label = open_files(labels)
+    of = numbered(label_names, labels)
+    if list(of) != list(files):
+        raise InputError(f"{labels} has {len(of)} labels that are not those of the {len(files)} latents in {path}")
+    values = [read_array(read_label(name), name).reshape(-1) for name in of.values()]
+    if any(len(value) != 1 or value[0] != int(value[0]) or value[0] < 0 for value in values):
+        raise InputError(f"{labels}: each file must hold one class number")
+    return stack(arrays, list(files.values())), np.array([int(value[0]) for value in values])
+
+
+def from_mean_std(path: Path, take_mean: bool, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """latents float32 (N, C, H, W), labels int64 (N,) or None. Raises InputError."""
+    names, read = open_files(path)
+    files = [name for name in names if Path(name).name.startswith("img-mean-std-") and name.endswith(".npy")]
+    rng, arrays = np.random.default_rng(seed), []
+    for name in files:
+        array = read_array(read(name), name).astype(np.float32)
+        if array.ndim != 3 or len(array) % 2:
+            raise InputError(f"{name} has the shape {array.shape}, not that of means and deviations, (2 C, H, W)")
+        mean, std = np.split(array, 2)
+        arrays.append(mean if take_mean else mean + std * rng.standard_normal(mean.shape, dtype=np.float32))
+        if len(arrays) % 1000 == 0:
+            show_progress(f"{len(arrays):,} of {len(files):,} latents")
+    labels = None
+    if any(Path(name).name == "dataset.json" for name in names):
+        listing = next(name for name in names if Path(name).name == "dataset.json")
+        try:
+            of = {str(Path(name)): label for name, label in json.loads(read(listing))["labels"] or []}
+            folder = Path(listing).parent
+            labels = np.array([int(of[str(Path(name).relative_to(folder))]) for name in files]) if of else None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{listing} does not name a class number for every file ({one_line(error)})") from None
+    return stack(arrays, files), labels
+
+
+def main():
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("source", type=Path, metavar="SOURCE", help="a folder or a .zip of latents")
+    add("--labels", type=Path, metavar="DIR", help="fast-DiT: the folder of labels")
+    add("--mean", action="store_true", help="EDM2, REPA: the means instead of a draw")
+    add("--seed", type=int, default=0, metavar="N", help="of the draw (default 0)")
+    add("--out", type=Path, required=True, metavar="FILE.npz")
+    args = parser.parse_args()
+    if args.out.suffix != ".npz" or args.seed < 0:
+        raise InputError(f"--out {args.out} must be FILE.npz, --seed a number of at least 0")
+    names, _ = open_files(args.source)
+    if any(Path(name).name.startswith("img-mean-std-") for name in names):
+        latents, labels = from_mean_std(args.source, args.mean, args.seed)
+    else:
+        latents, labels = from_fast_dit(args.source, args.labels)
+    end_progress()
+    if np.abs(latents).max() > 6e4:
+        raise InputError(f"{args.source} holds numbers that float16 cannot")
+    arrays = dict(latents=latents.astype(np.float16)) | ({} if labels is None else dict(labels=labels))
+    write_then_rename(args.out, lambda file: np.savez(file, **arrays))
+    classes = "no labels" if labels is None else f"{labels.max() + 1} classes"
+    print(f"wrote {len(latents):,} latents {latents.shape[1:]}, {classes}: {args.out}")
+
+
+if __name__ == "__main__":
+    run_script(main)
