@@ -183,6 +183,8 @@ def longest_curriculum(steps: int, groups: int, share: float, noise: str = "cosi
     if groups in (0, 1):
         return []
     starts = cluster_timesteps(NoiseSchedule(noise).log_snr, groups)
+    if share == 1:  # without a limit, no group need ever follow the first
+        return [(steps, starts[-1])]
     begins = [math.ceil(share * steps * j / (groups - 1)) for j in range(groups)]
     return [(end - begin, t_low) for begin, end, t_low in zip(begins, begins[1:], reversed(starts))]
 
@@ -269,7 +271,7 @@ def main():
         config = preset_config(s.model, given, image_size=16 if s.model == "tiny" else 32)
         stages = longest_curriculum(s.steps, s.curriculum_groups, s.curriculum_share, config.noise)
         spent = training_run(config, s.steps, s.batch_size, stages, s.orthogonality > 0, s.slices or 1,
-                             s.distil > 0 and config.method == "elastic")
+                             s.distil > 0)
         rows = compare(config, s, args.sampling_steps, spent)
     except ValueError as error:
         parser.error(str(error))

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lowrank import Active, Channels, Linear, factorise, masked_channels
-from schedule import (NOISES, PREDICTIONS, PROFILES, T, NoiseSchedule, RankSchedule, base_rank,
+from schedule import (NOISES, PREDICTIONS, PROFILES, NoiseSchedule, RankSchedule, base_rank,
                       iso_compute_rank, share_of)
 from script import InputError, check_fields, one_line, setting, to_device
 

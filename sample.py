@@ -182,7 +182,7 @@ def heun(model: DiT | Predictor, x: torch.Tensor, steps: int = 100, y: torch.Ten
     """Heun's second-order method in sigma = sqrt((1 - ab) / ab) (Karras et al. 2022, Algorithm 1).
 
     The slope of x / sqrt(ab) by sigma is eps, so a step of DDIM is Euler's; here the slope at its end is
-    averaged with that at its start, for a second pass. The step that leaves T, where sigma falls from 20,290
+    averaged with that at its start, for a second pass. The step that leaves T, where sigma falls from 20,291
     to some tens, and the one that reaches 0 are DDIM's. Arguments and what it yields: as `ddim`.
     """
     denoise, alpha_bar = denoiser(model, y, guidance, clip, shares), noise_of(model).alpha_bar.tolist()
@@ -490,10 +490,10 @@ def main():
         ranks = tuple((t, min(share, shares.guide)) for t, share in ranks or ((1, 1.0),))
     same_labels = not classes or shares.guide_class == "same"
     cost = flops.sampling(model.config, o.steps, two_passes, ranks, shares.guide, same_labels, o.sampler)
-    saved = 1 - cost / flops.sampling(model.config, o.steps, two_passes, sampler=o.sampler)
+    full = flops.sampling(model.config, o.steps, two_passes, same_labels=not classes, sampler=o.sampler)
     share = f"share {shares.ranks[0][1]:.3g} of the channels, " if o.budget else ""
     print(f"{share}{flops.amount(cost)} multiply-adds an image" +
-          (f", {saved:.1%} less than with all channels" if saved else ""))
+          (f", {1 - cost / full:.1%} less than with all channels" if cost < full else ""))
 
 
 if __name__ == "__main__":

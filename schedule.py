@@ -1,8 +1,8 @@
 """Functions of the timestep t: noise, what the model predicts, the timesteps a sampler visits, and rank.
 
 NA-LR sections 2.1 and C.1. t = 0 is the clean image, t = 1 nearly clean, t = T = 1000 noise. Arrays over t
-have length T + 1 and are indexed by t itself. Read this file first, then
-lowrank.py. The loss weights of other methods stand at the end.
+have length T + 1 and are indexed by t itself. Read this file first, then lowrank.py. The loss weights of
+other methods stand at the end.
 """
 
 import math
@@ -31,9 +31,10 @@ class NoiseSchedule:
         if kind not in NOISES:
             raise ValueError(f"noise schedule {kind!r} is unknown; use {' or '.join(NOISES)}")
         t = torch.arange(T + 1, dtype=torch.float64)
-        f = torch.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2
-        beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
-        if kind == "linear":
+        if kind == "cosine":
+            f = torch.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2
+            beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+        else:
             beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
         self.alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - beta, 0)])
         self.log_snr = torch.log(self.alpha_bar) - torch.log1p(-self.alpha_bar)

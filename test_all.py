@@ -982,7 +982,7 @@ def test_the_linear_noise_schedule():
     signal, sigma = (a.sqrt().float()[:, None, None, None] for a in (noise.alpha_bar[t], 1 - noise.alpha_bar[t]))
     v = signal * eps - sigma * x_0
     expected = (net(signal * x_0 + sigma * eps, t, y) - v).square().mean((1, 2, 3))
-    assert relative(train.denoising_loss(net, net, train.Batch(x_0, y, eps, t)), expected) < 1e-5
+    assert relative(train.denoising_loss(net, net, train.Batch(x_0, y, eps, t))[0], expected) < 1e-5
     answer = net(x, torch.full((2,), 700), y)
     a, b = noise.alpha_bar[700].sqrt().item(), (1 - noise.alpha_bar[700]).sqrt().item()
     assert relative(sample.denoiser(net, y, 1.0, clip=False)(x, 700)[0], a * x - b * answer) < 1e-5

@@ -8,7 +8,7 @@
 
 The defaults are those of D.1, for every DiT-* model; tiny has
 {TINY}
-Runs of fewer steps than the paper's shorten the warm-up to 5 % of the steps and let the EMA forget faster.
+The warm-up is never longer than 5 % of the steps, and the EMA of a short run forgets faster.
 A run folder holds config.json, metrics.jsonl, state.pt (to go on), model.pt (EMA, to sample) and samples/.
 Read model.py and curriculum.py before, sample.py after.
 """
@@ -20,7 +20,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,9 +98,11 @@ def choose_settings(given: dict) -> Settings:
     """The flags that were given, and defaults that depend on dataset, model or method. Raises InputError."""
     model = given.get("model", "tiny" if given.get("dataset", "shapes") == "shapes" else Settings.model)
     depends = dict(model=model) | (TINY if model == "tiny" else {})
-    if not given.get("method", Config.method).startswith("iso"):
+    method = given.get("method", Config.method)
+    if not method.startswith("iso"):
         depends["curriculum_groups"] = 0
-    return Settings(**(depends | {f.name: given[f.name] for f in fields(Settings) if f.name in given}))
+    s = Settings(**(depends | {f.name: given[f.name] for f in fields(Settings) if f.name in given}))
+    return s if method == "elastic" else replace(s, distil=0.0)  # all other samples use all their channels
 
 
 def learning_rate(step: int, start: int, stage: int, s: Settings) -> float:
@@ -136,10 +138,15 @@ class Batch(NamedTuple):
     y: torch.Tensor  # (B,) labels, or the number of classes for "no class"
     eps: torch.Tensor  # (B, 3, H, W)
     t: torch.Tensor  # (B,) on the CPU: channels are chosen there, and no device has to be asked
-    share: torch.Tensor | None = None  # (B,) of the channels, on the CPU; None: the rank schedule's
+    share: torch.Tensor | float | None = None  # of the channels: (B,) on the CPU, or one for all
 
     def part(self, rows: slice) -> "Batch":
         return Batch(*(None if x is None else x[rows] for x in self))
+
+    def slices(self, n: int) -> list["Batch"]:
+        """At most n parts, of equal size or one apart."""
+        rows = torch.arange(len(self.t)).tensor_split(min(n, len(self.t)))
+        return [self.part(slice(int(part[0]), int(part[-1]) + 1)) for part in rows]
 
 
 def draw_batch(dataset: Dataset, state: "State", s: Settings) -> Batch:
@@ -169,23 +176,23 @@ def draw_batch(dataset: Dataset, state: "State", s: Settings) -> Batch:
     return Batch(to_unit(x_0, config.mean, config.std), y, eps, t, share)
 
 
-def denoising_loss(net, model: DiT, batch: Batch, dtype: torch.dtype = torch.float32, distil: bool = False):
-    """The squared error of what the model predicts, mean over pixels: float32 (B,), unweighted.
-    net: the model, or what runs it (compiled, in parallel).
-    distil: returns a second (B,), the error against what the model predicts with all its channels."""
+def denoising_loss(net, model: DiT, batch: Batch, dtype: torch.dtype = torch.float32, distil: float = 0.0):
+    """The squared error of what the model predicts, mean over pixels: float32 (B,), unweighted; and what
+    training minimises, the same plus `distil` times the squared difference to what the model predicts with all
+    its channels. net: the model, or what runs it (compiled, in parallel)."""
     device = batch.x_0.device
     signal, noise = (to_device(a, device) for a in model.noise.coefficients(batch.t))
     x_t, t = add_noise(batch.x_0, batch.eps, signal, noise), to_device(batch.t, device)
     active = model.active(batch.t, batch.share)  # how many channels each sample may use: decided here, once
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         output = net(x_t, t, batch.y, active).float()
-        if distil:
+        if distil > 0:
             n = int((batch.share == 1).sum())  # the first ones have used all their channels already
             with torch.no_grad():
                 full = torch.cat([output[:n], model(x_t[n:], t[n:], batch.y[n:]).float()])
-    error = lambda wanted: (output - wanted).square().mean((1, 2, 3))
-    loss = error(target(model.config.predict, batch.x_0, batch.eps, signal, noise))
-    return (loss, error(full)) if distil else loss
+    wanted = target(model.config.predict, batch.x_0, batch.eps, signal, noise)
+    loss = (output - wanted).square().mean((1, 2, 3))
+    return loss, loss + distil * (output - full).square().mean((1, 2, 3)) if distil > 0 else loss
 
 
 def train_step(net, state: "State", batch: Batch, s: Settings, slices: int = 1,
@@ -199,16 +206,12 @@ def train_step(net, state: "State", batch: Batch, s: Settings, slices: int = 1,
     model, probabilities = state.model, state.curriculum.probabilities()
     weight = loss_weight(s.weighting, model.noise, model.config.predict, probabilities).float()  # (T + 1,)
     losses = []
-    for rows in torch.arange(len(batch.t)).tensor_split(min(slices, len(batch.t))):
-        first, last = int(rows[0]), int(rows[-1])
-        part, is_last = batch.part(slice(first, last + 1)), last == len(batch.t) - 1
+    parts = batch.slices(slices)
+    for part in parts:
+        is_last = part is parts[-1]
         wait = not is_last and hasattr(net, "no_sync")  # processes average once, with the last slice
         with net.no_sync() if wait else contextlib.nullcontext():
-            if s.distil > 0 and part.share is not None:
-                sample_loss, gap = denoising_loss(net, model, part, dtype, distil=True)
-                error = sample_loss + s.distil * gap
-            else:
-                sample_loss = error = denoising_loss(net, model, part, dtype)  # (B of the slice,)
+            sample_loss, error = denoising_loss(net, model, part, dtype, s.distil)  # (B of the slice,)
             loss = (to_device(weight[part.t], error.device) * error).sum() / len(batch.t)
             if is_last and s.orthogonality > 0 and model.ranks:
                 active = model.active_from(state.curriculum.t_low)
@@ -258,8 +261,7 @@ def main(argv: list[str] | None = None) -> None:
         state.timesteps.append(batch.t)
         update_ema(state, s)
         state.spent += flops.train_step(state.model.config, batch.t.tolist(), slices, state.curriculum.t_low,
-                                        s.orthogonality > 0, processes.count, batch.share,
-                                        batch.share is not None and s.distil > 0)
+                                        s.orthogonality > 0, processes.count, batch.share, s.distil > 0)
         state.step += 1
 
         if len(state.losses) == s.log_every or state.step == s.steps:
@@ -362,8 +364,7 @@ class Run:
     def masked_cost(self) -> int:
         """Multiply-adds of a step without slices or a curriculum."""
         s, config = self.s, self.state.model.config
-        distil = config.method == "elastic" and s.distil > 0
-        return flops.training_run(config, 1, s.batch_size, penalty=s.orthogonality > 0, distil=distil)
+        return flops.training_run(config, 1, s.batch_size, penalty=s.orthogonality > 0, distil=s.distil > 0)
 
     def all_losses(self) -> torch.Tensor:
         """Of whole batches since the last line, (steps, B) on the CPU; only this awaits the device. Raises
@@ -411,7 +412,7 @@ def open_run(argv: list[str] | None) -> tuple[Run, dict]:
     facts = dict(num_classes=classes)
     if dataset.images.dtype != torch.uint8:
         std, mean = torch.std_mean(dataset.images.float(), (0, 2, 3))
-        # unclipped, as latents must be, eps would multiply errors by 20,290 at t = T
+        # unclipped, as latents must be, eps would multiply errors by 20,291 at t = T
         facts |= dict(channels=len(mean), mean=mean.tolist(), std=std.tolist(), predict="v")
     config = preset_config(s.model, flags | {"image_size": height}, **facts)
     if config.num_classes < classes or config.channels != dataset.images.shape[1]:
@@ -483,7 +484,8 @@ def load(run: Run) -> None:
 
 
 def write_log(run: Run, lr: float) -> None:
-    """A line of metrics.jsonl on the steps since the last one; the curriculum sees their losses."""
+    """A line of metrics.jsonl on the steps since the last one; the curriculum sees their losses. Those of an
+    elastic model are of the shares that were drawn, and do not compare with other methods'."""
     s, state, config, curriculum = run.s, run.state, run.state.model.config, run.state.curriculum
     losses, t = run.all_losses().double(), torch.stack(state.timesteps)  # (steps, B)
     curriculum.observe(state.step - len(losses), losses.mean(1).tolist())

@@ -70,11 +70,29 @@ def load_held_out(args: Namespace, num: int) -> Dataset:
 
 
 def every_second(dataset: Dataset, first: int) -> Dataset:
-    """Every second ten of the images, from the first ten on or the second: what is fitted and what is judged must not
-    meet the same ones. Tens, because the ten classes of shapes come in turns."""
+    """Every second ten of the images, from the first ten on (first 0) or the second (1): what is fitted and what is
+    judged must not meet the same ones. Tens, because the ten classes of shapes come in turns. Raises InputError if
+    there are too few."""
     index = torch.arange(len(dataset.images))
     index = index[index // 10 % 2 == first]
+    if len(index) < 2:
+        raise InputError(f"{dataset.name} holds {len(dataset.images)} images, too few to judge by; give at least 20")
     return Dataset(dataset.name, dataset.images[index], dataset.labels[index], dataset.classes)
+
+
+def held_out_for(args: Namespace, runs: dict[Path, dict], num: int = 10_000) -> Dataset:
+    """The held-out images that finished runs are judged by; of shapes, `num`. runs: {folder: its model.pt}. Fills in
+    args.test and args.image_size. Raises InputError if a run is of other images."""
+    if not args.dataset.lower().endswith(".npz"):
+        args.image_size = args.image_size or next(iter(runs.values()))["config"]["image_size"]
+    settle_image_flags(args)
+    images = load_held_out(args, num)
+    for folder, state in runs.items():
+        shape = (state["config"]["channels"], *2 * (state["config"]["image_size"],))
+        if (state["classes"], shape) != (images.classes, tuple(images.images.shape[1:])):
+            raise InputError(f"{folder} is a model of other classes or another size than {args.test}; name its images "
+                             "with --dataset and --test")
+    return images
 
 
 def add_run_flags(parser: Parser, out: str) -> None:
@@ -185,7 +203,7 @@ def denoising_losses(model: DiT, dataset: Dataset, images: torch.Tensor, t: torc
     for first in range(0, len(t), batch_size):
         samples = range(first, min(first + batch_size, len(t)))
         batch = noised_batch(model, dataset, images[samples], t[samples], samples, seed)._replace(share=share)
-        losses.append(train.denoising_loss(model, model, batch).double().cpu())
+        losses.append(train.denoising_loss(model, model, batch)[0].double().cpu())
     return torch.cat(losses) * eps_loss_factor(model.config.predict, model.noise)[t]
 
 
@@ -199,8 +217,8 @@ def held_out_loss(model: DiT, dataset: Dataset, per_group: int = 1000, seed: int
     order = torch.randperm(len(dataset.images), generator=torch.Generator().manual_seed(seed))  # mixes the classes
     losses = denoising_losses(model, dataset, order[torch.arange(len(t)) % len(order)], t, seed, share=share)
     by_group = losses.view(5, per_group).mean(1)
-    share = torch.tensor(GROUP_EDGES, dtype=torch.float64).diff() / T
-    return (share * by_group).sum().item(), by_group.tolist()
+    widths = torch.tensor(GROUP_EDGES, dtype=torch.float64).diff() / T
+    return (widths * by_group).sum().item(), by_group.tolist()
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ PAIRS = (("iso-compute", "static"), ("fitted", "static"), ("elastic", "static"),
 # The runs and their measurements
 
 
-class Judged(NamedTuple):
+class Entry(NamedTuple):
     """A row of the table from one seed."""
     row: str
     keep: float | None
@@ -81,7 +81,7 @@ class Judged(NamedTuple):
         return Shares(((1, self.keep),)) if self.row == "elastic" else Shares()
 
 
-def list_judged(rows: list[str], keeps: list[float], seeds: int, fit: Path | None, objective: str) -> list[Judged]:
+def list_entries(rows: list[str], keeps: list[float], seeds: int, fit: Path | None, objective: str) -> list[Entry]:
     """Everything to judge, seed by seed, so that a comparison that is stopped early already compares."""
     found = []
     for seed in range(seeds):
@@ -93,7 +93,7 @@ def list_judged(rows: list[str], keeps: list[float], seeds: int, fit: Path | Non
                 if row == "fitted":
                     flags["rank_profile"] = fit / f"{objective}-{keep:g}.train.json"
                 run = row if keep is None or row == "elastic" else f"{row}-{keep:g}"
-                found.append(Judged(row, keep, seed, f"{run}-s{seed}", flags))
+                found.append(Entry(row, keep, seed, f"{run}-s{seed}", flags))
     return found
 
 
@@ -107,7 +107,7 @@ def seconds_of(lines: list[dict], batch_size: int) -> float:
     return seconds
 
 
-def measure_run(model: DiT, folder: Path, one: Judged, test: Dataset, judge: classifier.Judge | None, args) -> dict:
+def measure_run(model: DiT, folder: Path, one: Entry, test: Dataset, judge: classifier.Judge | None, args) -> dict:
     """Everything that the table says of one finished run."""
     share = one.keep if one.row == "elastic" else None
     loss, by_group = common.held_out_loss(model, test, args.per_group, share=share)
@@ -130,7 +130,8 @@ def measure_run(model: DiT, folder: Path, one: Judged, test: Dataset, judge: cla
 def interval(a: list[float], b: list[float], rows: list[list[float]]) -> tuple[float, float | None]:
     """mean(a) - mean(b), and half the width of its 95 % interval by Student's t. The variance over seeds is pooled
     over all `rows` that have several runs, as in an analysis of variance: two or three values alone say little
-    about theirs, and rows of one run can be judged, too. None where no row has several."""
+    about theirs, and rows of one run can be judged, too. None where no row has several. Nothing is corrected for the
+    number of comparisons."""
     difference, several = float(np.mean(a) - np.mean(b)), [x for x in rows if len(x) > 1]
     freedom = sum(len(x) - 1 for x in several)
     if not freedom:
@@ -152,7 +153,9 @@ def compare_rows(rows: dict, this: str, that: str, measures: list[str]) -> list[
     for measure in measures:
         values = {name: [run[measure] for run in row["runs"]] for name, row in rows.items()}
         if this in values and that in values:
-            difference, half = interval(values[this], values[that], list(values.values()))
+            alike = [values[name] for name, row in rows.items()  # those of another keep or target spread otherwise
+                     if row["keep"] == rows[that]["keep"] and (name == this or row["row"] != "iso-compute-eps")]
+            difference, half = interval(values[this], values[that], alike)
             relative = difference / np.mean(values[that]) if any(values[that]) else math.nan
             sign = -1 if measure.startswith("recognised") else 1  # more is better
             found.append({"this": this, "that": that, "measure": measure, "difference": difference, "+-": half,
@@ -167,7 +170,7 @@ def print_differences(rows: dict, keeps: list[float], measures: list[str]) -> li
             names = [row if row == "full" else f"{row}-{keep:g}" for row in (this, that)]
             found += compare_rows(rows, *names, measures)
     if found:
-        print("\nDifferences of means, +- half the 95 % interval; the variance over seeds is pooled over rows")
+        print("\nDifferences of means, +- half the 95 % interval; variance over seeds pooled over rows of one keep")
         plot.print_table(found, {"this": "", "that": "", "measure": "", "difference": "+.3g", "+-": ".2g",
                                  "relative": "+.1%", "verdict": ""})
     return found
@@ -177,7 +180,7 @@ def print_differences(rows: dict, keeps: list[float], measures: list[str]) -> li
 # Table and pictures
 
 
-def collect(judged: list[Judged], results: list[dict | None], measures: list[str]) -> dict:
+def collect(judged: list[Entry], results: list[dict | None], measures: list[str]) -> dict:
     """{name in the table: its cost, its runs and the means of all measures}."""
     rows = {}
     for one, result in zip(judged, results):
@@ -279,14 +282,17 @@ def main():
     if "fitted" in names and not args.fit:
         raise InputError("--rows fitted needs --fit DIR, the profiles that experiments/fit_ranks.py wrote")
     keeps = common.choose_numbers("--keeps", args.keeps, low=1e-3, high=1)
-    judged = list_judged(names, keeps, args.seeds, args.fit, args.objective)
+    judged = list_entries(names, keeps, args.seeds, args.fit, args.objective)
     runs = {one.run: one for one in judged}
     mine = common.choose("--only", args.only, runs) if args.only else list(runs)
     device = pick_device(args.device)
     common.settle_image_flags(args)
     flags = {}
+    profiles = {}  # what is measured of a fitted row depends on the content of its file
     for name, one in runs.items():
         common.check_length(args.out / name, args.steps)
+        if one.row == "fitted":
+            profiles[name] = sha256_of(one.flags["rank_profile"])
         own = dict(curriculum_groups=0, predict="v") | one.flags
         flags[name] = common.run_flags(args, seed=one.seed, steps=args.steps, guidance=args.guidance, **own)
     path = (args.classifier or args.out / "classifier.pt") if args.num else None
@@ -295,7 +301,10 @@ def main():
     if not args.report:
         everything = common.load_held_out(args, 10_000)
         for name in mine:  # a mistyped flag costs a second, not the time it takes to train a classifier
-            common.read_run_flags(flags[name], everything)
+            _, config = common.read_run_flags(flags[name], everything)
+            if config.method == "elastic" and min(keeps) < config.rho_min:
+                raise InputError(f"--keeps {min(keeps):g}: elastic rows are sampled with that share of the channels; "
+                                 f"they train none below {config.rho_min:g}")
         test = common.every_second(everything, 1)  # fit_ranks.py has seen the others
         if path and not path.exists():
             print(f"training the classifier {path}")
@@ -305,14 +314,19 @@ def main():
             classifier.main(common.as_flags(wanted))
         judge = classifier.Judge(path, test, device) if path else None
     depends["classifier"] = sha256_of(path) if path and path.exists() else None
+
+    def depends_of(one: Entry) -> dict:
+        return depends | ({"profile": profiles[one.run]} if one.row == "fitted" else {})
+
     if not args.report:
         for number, one in enumerate((one for one in judged if one.run in mine), 1):
             print(f"\n{one.name}-s{one.seed}, number {number}", flush=True)
-            common.train_and_measure(args.out / one.run, flags[one.run], depends, device,
+            common.train_and_measure(args.out / one.run, flags[one.run], depends_of(one), device,
                                      lambda model, folder: measure_run(model, folder, one, test, judge, args),
                                      f"measured-{one.name}")
 
-    results = [common.measured(args.out / one.run, flags[one.run], depends, f"measured-{one.name}") for one in judged]
+    results = [common.measured(args.out / one.run, flags[one.run], depends_of(one), f"measured-{one.name}")
+               for one in judged]
     missing = [f"{one.name}-s{one.seed}" for one, result in zip(judged, results) if result is None]
     measures = ["loss"]
     for w in args.guidances if args.num else ():

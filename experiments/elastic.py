@@ -17,6 +17,7 @@ Several runs are seeds of one experiment: the tables give mean and standard devi
 so a stopped call goes on where it was.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -71,8 +72,8 @@ def scaled(shape, config: Config, steps: int, share: float) -> Profile:
     return profile(low)
 
 
-class Judged:
-    """Samples' distance and recognised share, kept in a file by what they depend on."""
+class JudgedOnce:
+    """Samples' distance and recognised share, judged once: kept in a file, by what they depend on."""
 
     def __init__(self, args, models: list[DiT], held_out: Dataset, device: torch.device):
         self.args, self.models, self.classes = args, models, len(held_out.classes)
@@ -80,7 +81,7 @@ class Judged:
         files = [args.classifier, *(run / "model.pt" for run in args.runs)]
         self.of = [sha256_of(file) for file in files] + [args.num, args.sampling_steps, args.test]
         self.known = {}
-        if self.path.exists():
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there yet, or damaged
             saved = json.loads(self.path.read_text())
             self.known = saved["known"] if saved["of"] == self.of else {}
 
@@ -100,12 +101,11 @@ class Judged:
         return self.known[key] | dict(cost=cost)
 
 
-def row_of(judged: Judged, guidances: list[float], shares: Shares, **first) -> dict:
+def row_of(judged: JudgedOnce, guidances: list[float], shares: Shares, **first) -> dict:
     """A row of a table: what it is, its cost without guidance, and both measures at each guidance."""
-    row = dict(first)
+    row = first | dict(cost=flops.sampling(judged.models[0].config, judged.args.sampling_steps, ranks=shares.ranks))
     for w in guidances:
         found = judged(w, shares)
-        row.setdefault("cost", found["cost"])
         row |= {f"{name}, w {w:g}": found[name] for name in ("frechet", "recognised")}
     return row
 
@@ -162,7 +162,7 @@ def main():
     add("--device", choices=DEVICES, default="auto", help="(default auto)")
     args = parser.parse_args()
     tables, device = common.choose("--only", args.only, TABLES), pick_device(args.device)
-    models = [load_model(run, device)[0] for run in args.runs]
+    models, states = zip(*(load_model(run, device) for run in args.runs))
     config = models[0].config
     if any(model.config != config or config.method != "elastic" for model in models):
         raise InputError("--runs takes runs of --method elastic whose models are of one shape")
@@ -170,10 +170,8 @@ def main():
         raise InputError("--sampling-steps takes at most 1000, --num at least 2")
     shares = common.choose_numbers("--shares", args.shares, config.rho_min, 1)
     guidances = common.choose_numbers("--guidances", args.guidances)
-    args.image_size = args.image_size or config.image_size
-    common.settle_image_flags(args)
-    held_out = common.every_second(common.load_held_out(args, 10_000), 1)
-    judged, results = Judged(args, models, held_out, device), {}
+    held_out = common.every_second(common.held_out_for(args, dict(zip(args.runs, states))), 1)
+    judged, results = JudgedOnce(args, models, held_out, device), {}
 
     if "budgets" in tables:
         rows = []
@@ -201,7 +199,7 @@ def main():
 
     if "guide" in tables:
         guides, rows = [g for g in (1.0, 0.5, 0.25, 0.1) if g >= config.rho_min], []
-        for first in (1.0, 0.5):
+        for first in (1.0, max(0.5, config.rho_min)):
             below = [g for g in guides if g <= first] if first in guides else [first, *guides]
             ratios = time_of_guidance(models[0], first, below)
             for (g, ratio), w in itertools.product(zip(below, ratios), (1.5, 2.0, 3.0)):
@@ -210,8 +208,9 @@ def main():
                 rows.append(dict(first=first, guide=g, w=w, cost=found["cost"], time=ratio,
                                  multiply_adds=found["cost"] / full, frechet=found["frechet"],
                                  recognised=found["recognised"]))
-        found = judged(2.0, Shares(((1, 1.0),), 0.25, "same"))
-        rows.append(dict(first=1.0, guide=0.25, w=2.0, cost=found["cost"], time=None, multiply_adds=None,
+        weak = max(0.25, config.rho_min)
+        found = judged(2.0, Shares(((1, 1.0),), weak, "same"))
+        rows.append(dict(first=1.0, guide=weak, w=2.0, cost=found["cost"], time=None, multiply_adds=None,
                          frechet=found["frechet"], recognised=found["recognised"]))
         results["guide"] = rows
         print("\nChannels of the second pass of guidance; time and multiply_adds against equal passes (last row: the "

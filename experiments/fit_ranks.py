@@ -17,14 +17,15 @@ the harm that few channels do can be measured: a table, groups of log-SNR by sha
 A profile for a budget then has the least sum of harms among those whose sampling costs what a constant share does. It
 comes in two files: for sample.py in shares of all channels; for train.py, which chooses the number of channels itself,
 scaled so that the largest share is 1.
-Losses are those of every second held-out image, rollouts start from seed 1; compare.py and elastic.py judge by the
-other images and by seed 0.
+Losses are those of every second ten of the held-out images, rollouts start from seed 1; compare.py and elastic.py judge
+by the other images and by seed 0.
 """
 
 import copy
 import math
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +46,19 @@ from script import (DEVICES, InputError, Parser, end_progress, pick_device, posi
                     show_progress)
 
 EDGES = (4, 2.5, 1.5, 0.75, 0, -0.75, -1.5, -2.5, -4)  # of log-SNR, between groups: fine in the middle
-SHARES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)  # of the channels, which are measured
 OBJECTIVES = ("loss", "elbo", "class", "rollout")
+
+
+
+def measured_shares(rho_min: float) -> list[float]:
+    """Of the channels: those whose harm is measured, the least that an elastic run has trained first."""
+    return [rho_min] + [s for s in (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0) if s > rho_min]
+
+
+def profile_shares(rho_min: float) -> list[float]:
+    """Those that a profile may have; the harm of those between is what the hull says."""
+    return [rho_min] + [i / 400 for i in range(1, 401) if i / 400 > rho_min]
+
 
 # ----------------------------------------------------------------------------------------------------
 # Groups of timesteps
@@ -66,9 +78,9 @@ def noise_groups(log_snr: torch.Tensor, visited: list[int]) -> list[range]:
 
 def elbo_weights(log_snr: torch.Tensor) -> torch.Tensor:
     """half |d log-SNR| of each t: the weight of the squared error of eps, summed over pixels, in the bound on the
-    log-likelihood (Kingma et al. 2021, Eq. 13, in discrete time). float64 (T + 1,). The clipped last beta would make
-    T alone half of everything: as in the clustering, log_snr[T] counts as log_snr[T - 1]. Entry 1 would be infinite:
-    the step from the clean image counts as much as the next one."""
+    log-likelihood in continuous time (Kingma et al. 2021, Eq. 17), as a sum over the timesteps. float64 (T + 1,). The
+    clipped last beta would make T alone half of everything: as in the clustering, log_snr[T] counts as
+    log_snr[T - 1], so T has no weight. Entry 1 would be infinite: it counts as much as entry 2."""
     log_snr = log_snr.clone()
     log_snr[T] = log_snr[T - 1]
     weights = -log_snr.diff(prepend=log_snr[:1]) / 2
@@ -98,7 +110,8 @@ def measure_harm(models: list[tuple[DiT, float | None]], images: Dataset, groups
     uses all; same images, noise and timesteps for all. And, as a check, how many nats the label says of the image by
     the last one's losses, for each group: their sum should lie near or below the logarithm of the number of classes.
     Where it does not, the two losses differ by the model's errors rather than by what the label tells."""
-    weights, harm = elbo_weights(models[0][0].noise.log_snr), {name: np.zeros((len(groups), len(models))) for name in OBJECTIVES[:3]}
+    weights = elbo_weights(models[0][0].noise.log_snr)
+    harm = {name: np.zeros((len(groups), len(models))) for name in OBJECTIVES[:3]}
     order, nats = torch.randperm(len(images.images), generator=torch.Generator().manual_seed(seed)), []
     for g, group in enumerate(groups):
         places = (torch.arange(per_group, dtype=torch.float64) + 0.5) / per_group
@@ -125,23 +138,23 @@ def measure_harm(models: list[tuple[DiT, float | None]], images: Dataset, groups
 
 
 @torch.no_grad()
-def measure_rollouts(model: DiT, judge: classifier.Judge, groups: list[range], steps: int, guidance: float, num: int,
+def measure_rollouts(model: DiT, features: Callable, groups: list[range], steps: int, guidance: float, num: int,
                      seed: int = 1) -> np.ndarray:
-    """Mean squared distance, in the classifier's features, between images sampled with a share of the channels in one
-    group and all elsewhere, and those of the same noise sampled with all: (G, K)."""
+    """Mean squared distance, in a classifier's `features` of uint8 images, between images sampled with a share of the
+    channels in one group and all elsewhere, and those of the same noise sampled with all: (G, K)."""
     config, visited = model.config, sampling_timesteps(steps)
     shape = (config.channels, config.image_size, config.image_size)
     noise = ImageNoise(seed, range(num), shape, model.position.device)()
     y = torch.arange(num, device=noise.device) % config.num_classes if config.num_classes else None
     xs = [noise, *ddim(model, noise, steps, y, guidance)]  # x at each visited timestep
-    wanted = judge.network.features(from_unit(xs[-1]))
-    harm = np.zeros((len(groups), len(SHARES)))
+    wanted, shares = features(from_unit(xs[-1])), measured_shares(config.rho_min)
+    harm = np.zeros((len(groups), len(shares)))
     for g, group in enumerate(groups):
         first = next(i for i, t in enumerate(visited) if t in group)  # up to here nothing differs
-        for k, share in enumerate(SHARES[:-1]):
-            shares = Shares(((1, 1.0), (group[0], share), (group[-1] + 1, 1.0)))
-            *_, x = ddim(model, xs[first], y=y, guidance=guidance, shares=shares, timesteps=visited[first:])
-            harm[g, k] = (judge.network.features(from_unit(x)) - wanted).square().sum(1).mean()
+        for k, share in enumerate(shares[:-1]):
+            in_group = Shares(((1, 1.0), (group[0], share), (group[-1] + 1, 1.0)))
+            *_, x = ddim(model, xs[first], y=y, guidance=guidance, shares=in_group, timesteps=visited[first:])
+            harm[g, k] = (features(from_unit(x)) - wanted).square().sum(1).mean()
         show_progress(f"rollouts: group {g + 1} of {len(groups)}")
     end_progress()
     return harm
@@ -169,9 +182,10 @@ def solve(harm: np.ndarray, cost: np.ndarray, steps: np.ndarray, budget: float, 
 
     harm (G, K), convex in cost for each group; cost (K,) of one sampling step at each level; steps (G,): how many of
     a sampler's steps lie in each group. For a price of multiply-adds the best levels minimise harm + price * cost, and
-    the price is bisected. Without constraints that is to raise, again and again, the group that gains most per
-    multiply-add, which is optimal where harm is convex.
-    never_rises: no group gets more than the one below it in noise. smooth: harm of each level between neighbours.
+    the price is bisected: the same as to raise, again and again, the group that gains most per multiply-add, which is
+    optimal where harm is convex. Where levels tie, as on one edge of a hull, what is left is spent from low noise up.
+    never_rises: no group gets more than the one below it in noise. smooth: harm of each level between neighbours. With
+    either of them, what is left is not spent. Raises ValueError if the lowest levels cost more than the budget.
     """
     G, K = harm.shape
     level = np.arange(K)
@@ -191,36 +205,47 @@ def solve(harm: np.ndarray, cost: np.ndarray, steps: np.ndarray, budget: float, 
             levels.append(int(origin[levels[-1]]))
         return np.array(levels[::-1])
 
+    if steps.sum() * cost[0] > budget * (1 + 1e-12):
+        raise ValueError("the budget does not pay for the least share everywhere")
     low, high = 0.0, 1.0
     while (steps * cost[cheapest(high)]).sum() > budget and high < 1e30:
         high *= 4
     for _ in range(200):
         middle = (low + high) / 2
         low, high = (low, middle) if (steps * cost[cheapest(middle)]).sum() <= budget else (middle, high)
-    return cheapest(high)
-
-
-FINE = np.arange(40, 401) / 400  # shares that a profile may have: those measured, and what the hull says between
+    levels, tied = cheapest(high), cheapest(low)
+    if never_rises or smooth:
+        return levels
+    for g in range(G):
+        while levels[g] < tied[g]:
+            more = steps[g] * (cost[levels[g] + 1] - cost[levels[g]])
+            if (steps * cost[levels]).sum() + more > budget:
+                break
+            levels[g] += 1
+    return levels
 
 
 def fit(harm: np.ndarray, config: Config, groups: list[range], visited: list[int], share: float, **constraints):
-    """(profile, its harm) of the least harm at the sampling cost of a constant share. Harm (G, K) as measured, the
-    last column of all channels."""
-    costs = {s: flops.one_image(config, T, share=s)[0] for s in (*SHARES, *FINE, share)}
+    """(profile, its harm) of the least harm at the sampling cost of a constant share. harm (G, K): of
+    `measured_shares`."""
     steps = np.array([sum(t in group for t in visited) for group in groups])
-    fine = np.array([costs[s] for s in FINE])
-    measured = np.array([costs[s] for s in SHARES])
-    hulls = np.stack([lower_hull(measured, row, fine) for row in harm])
-    usable = FINE >= config.rho_min
-    levels = solve(hulls[:, usable], fine[usable], steps, len(visited) * costs[share], **constraints)
-    profile = tuple((group[0], float(FINE[usable][level])) for group, level in zip(groups, levels))
-    return profile, float(hulls[:, usable][np.arange(len(groups)), levels].sum())
+    fine = profile_shares(config.rho_min)
+    measured, cost, (budget,) = (pass_costs(config, s) for s in (measured_shares(config.rho_min), fine, [share]))
+    hulls = np.stack([lower_hull(measured, row, cost) for row in harm])
+    levels = solve(hulls, cost, steps, len(visited) * budget, **constraints)
+    profile = tuple((group[0], fine[level]) for group, level in zip(groups, levels))
+    return profile, float(hulls[np.arange(len(groups)), levels].sum())
+
+
+def pass_costs(config: Config, shares: list[float]) -> np.ndarray:
+    """Multiply-adds of a forward pass with each share of the channels: (K,)"""
+    return np.array([float(flops.one_image(config, T, share=share)[0]) for share in shares])
 
 
 def harm_of_constant(harm: np.ndarray, config: Config, share: float) -> float:
     """Of one share everywhere, from the same hulls."""
-    cost = [np.array([flops.one_image(config, T, share=s)[0] for s in shares]) for shares in (SHARES, (share,))]
-    return float(sum(lower_hull(cost[0], row, cost[1])[0] for row in harm))
+    measured, cost = (pass_costs(config, shares) for shares in (measured_shares(config.rho_min), [share]))
+    return float(sum(lower_hull(measured, row, cost)[0] for row in harm))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -282,12 +307,13 @@ def write_profile(path: Path, profile: Profile) -> None:
     plot.write_json(path.with_suffix(".train.json"), dict(t=t, share=[share / max(shares) for share in shares]))
 
 
-def draw(harms: dict, fitted: dict, groups: list[range], shares: list[float], out: Path) -> None:
+def draw(harms: dict, rho_min: float, fitted: dict, groups: list[range], shares: list[float], out: Path) -> None:
     """harm.png: one heat map for each objective; profiles.png: the fitted profiles, a chart for each budget."""
-    names = [f"{group[0]}-{group[-1]}" for group in groups]
-    maps = [plot.heat_map(100 * table.T / max(table.sum(0).max(), 1e-30), [f"{s:g}" for s in SHARES], names,
-                          f"{objective}: harm of a share at t", "% of the largest sum", "timesteps t", "share", ".1f")
-            for objective, table in harms.items()]
+    names, maps = [str(group[0]) for group in groups], []
+    for objective, table in harms.items():
+        per_cent = 100 * table.T / max(table.sum(0).max(), 1e-30) + 0.0  # no -0.0
+        maps.append(plot.heat_map(per_cent, [f"{s:g}" for s in measured_shares(rho_min)], names, f"harm by {objective}",
+                                  "% of all harm of the least share", "first timestep of the group", "share", ".1f"))
     plot.save(out / "harm.png", *maps)
     charts = []
     for share in shares:
@@ -330,26 +356,27 @@ def read_command_line() -> Namespace:
 def main():
     args = read_command_line()
     device = pick_device(args.device)
-    model, _ = load_model(args.run, device)
+    model, state = load_model(args.run, device)
     config = model.config
     if config.method != "elastic":
         raise InputError(f"{args.run} is of --method {config.method}; give a run of --method elastic")
     shares = common.choose_numbers("--shares", args.shares, config.rho_min, 1)
-    args.image_size = args.image_size or config.image_size
-    common.settle_image_flags(args)
-    images = common.every_second(common.load_held_out(args, 10_000), 0)
+    images = common.every_second(common.held_out_for(args, {args.run: state}), 0)
     visited = sampling_timesteps(args.sampling_steps)[:-1]
     groups = noise_groups(model.noise.log_snr, visited)
-    harms, nats = measure_harm([(model, share) for share in SHARES], images, groups, args.per_group)
+    ways = [(model, share) for share in measured_shares(config.rho_min)]
+    harms, nats = measure_harm(ways, images, groups, args.per_group)
     if images.classes:
         by_group = ", ".join(f"{group[0]}-{group[-1]}: {x:.2f}" for group, x in zip(groups, nats))
-        print(f"what the label says of an image: at most ln {len(images.classes)} = {math.log(len(images.classes)):.2f} "
-              f"nats; by the model's losses {sum(nats):.2f} ({by_group})")
+        most = math.log(len(images.classes))
+        print(f"what the label says of an image: at most ln {len(images.classes)} = {most:.2f} nats; "
+              f"by the model's losses {sum(nats):.2f} ({by_group})")
     else:
         del harms["class"]
     if args.classifier:
-        judge = classifier.Judge(args.classifier, images, device)
-        harms["rollout"] = measure_rollouts(model, judge, groups, args.sampling_steps, args.guidance, args.rollouts)
+        network = classifier.load_classifier(args.classifier, device, images)[0].eval()
+        harms["rollout"] = measure_rollouts(model, network.features, groups, args.sampling_steps, args.guidance,
+                                            args.rollouts)
 
     fitted, rows = {}, []
     for objective, harm in harms.items():
@@ -367,11 +394,12 @@ def main():
     print("\nProfiles: predicted harm against that of a constant share, and the share of each group of t")
     columns = {"objective": "", "share": "g", "fitted / constant": ".2f", "never rising / constant": ".2f"}
     plot.print_table(rows, columns | {f"{group[0]}-{group[-1]}": ".2f" for group in groups})
-    layers = print_layers(model, images, groups, args.per_group, 0.25) if args.layers else None
-    draw(harms, fitted, groups, shares, args.out)
-    plot.write_json(args.out / "harm.json", dict(settings=vars(args), nats=nats, shares=SHARES, layers=layers,
-                                                 groups=[(g[0], g[-1]) for g in groups], harm=harms))
-    print(f"wrote {len(rows)} profiles, each to sample and to train, harm.json, harm.png and profiles.png in {args.out}")
+    layers = print_layers(model, images, groups, args.per_group, max(0.25, config.rho_min)) if args.layers else None
+    draw(harms, config.rho_min, fitted, groups, shares, args.out)
+    plot.write_json(args.out / "harm.json", dict(settings=vars(args), nats=nats, layers=layers,
+                                                 shares=measured_shares(config.rho_min), harm=harms,
+                                                 groups=[(g[0], g[-1]) for g in groups]))
+    print(f"wrote {len(rows)} profiles, harm.json, harm.png and profiles.png in {args.out}")
 
 
 if __name__ == "__main__":

@@ -101,8 +101,8 @@ def in_words(method: str, name: str, runs: list[dict], others: list[dict]) -> st
 
 
 def curve(lines: list[dict], points: int = 30) -> tuple[np.ndarray, np.ndarray]:
-    """Training loss over multiply-adds. Groups count as under uniform t, whatever the contestant drew; missing
-    while a group is not drawn."""
+    """Training loss over multiply-adds. Groups (of the cosine schedule) count as under uniform t, whatever the
+    contestant drew; missing while a group is not drawn."""
     steps, losses = zip(*curves.loss_curves(lines, points))  # a row for each group
     spent = np.interp(steps[0], *([0, *(line[key] for line in lines)] for key in ("step", "flops")))
     return spent, np.diff(GROUP_EDGES) / T @ np.array(losses, dtype=float)

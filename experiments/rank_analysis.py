@@ -136,7 +136,7 @@ def group_gradients(model: DiT, dataset: Dataset, group: tuple[int, int], n: int
         samples = range(b, n, batches)  # every batch covers the whole group
         images = order[torch.tensor(samples) % len(order)]
         batch = common.noised_batch(model, dataset, images, all_t[samples], samples, seed)
-        loss = train.denoising_loss(model, model, batch).sum() / n
+        loss = train.denoising_loss(model, model, batch)[0].sum() / n
         for sum_, g in zip(total, torch.autograd.grad(loss, matrices)):
             sum_ += g.cpu()
     return total

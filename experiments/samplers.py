@@ -2,11 +2,12 @@
 
     python experiments/samplers.py --run runs/NAME --dataset shapes --classifier shapes_clf.pt
 
-Compared at equal numbers of passes of the network, of which Heun makes nearly two a step; with guidance each of them
+Compared at so many passes of the network at most, of which Heun makes nearly two a step; with guidance each of them
 computes both halves. Judged by the Frechet distance of the samples to held-out images in the classifier's features
 (not an FID), and by the share recognised as their class.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -41,14 +42,14 @@ def main():
     add("--device", choices=DEVICES, default="auto", help="(default auto)")
     args = parser.parse_args()
     args.out = args.out or args.run / "samplers"
-    passes = [int(n) for n in common.choose_numbers("--passes", args.passes, 1, 1000)]
-    if args.num < 2:
-        raise InputError("--num takes at least 2")
+    passes = common.choose_numbers("--passes", args.passes, 1, 1000)
+    if args.num < 2 or any(n % 1 for n in passes) or not math.isfinite(args.guidance or 0):
+        raise InputError("--num takes at least 2, --passes whole numbers, --guidance a finite one")
+    passes = [int(n) for n in passes]
     device = pick_device(args.device)
     model, state = load_model(args.run, device)
-    args.image_size = args.image_size or model.config.image_size
-    common.settle_image_flags(args)
-    judge = classifier.Judge(args.classifier, common.every_second(common.load_held_out(args, 10_000), 1), device)
+    held_out = common.every_second(common.held_out_for(args, {args.run: state}), 1)
+    judge = classifier.Judge(args.classifier, held_out, device)
     guidance = state["guidance"] if args.guidance is None else args.guidance
 
     rows = []

@@ -565,7 +565,7 @@ def test_a_script_runs_on_shapes(tmp_path, monkeypatch):
 
 def test_order_and_time_of_the_compared_runs():
     """Seed by seed; an elastic run is one folder for all keeps, full rank has none. Time is that of the steps alone."""
-    judged = compare.list_judged(["full", "static", "fitted", "elastic"], [0.5, 0.25], 2, Path("fits"), "elbo")
+    judged = compare.list_entries(["full", "static", "fitted", "elastic"], [0.5, 0.25], 2, Path("fits"), "elbo")
     assert [one.name for one in judged if one.seed == 0] == ["full", "static-0.5", "static-0.25", "fitted-0.5",
                                                             "fitted-0.25", "elastic-0.5", "elastic-0.25"]
     runs = {one.run: one.flags for one in judged}
@@ -592,8 +592,9 @@ def test_interval_of_a_difference():
 
 def test_differences_of_rows(capsys):
     """Each row against its pair at the same keep; more recognised is better, less of all else."""
-    rows = {name: dict(runs=[{"loss": x, "recognised, w 1": x} for x in (0.97 * mean, 1.03 * mean)])
-            for name, mean in (("static-0.5", 0.3), ("elastic-0.5", 0.9), ("static-0.25", 0.0), ("full", 0.3))}
+    rows = {name if keep is None else f"{name}-{keep}": dict(row=name, keep=keep, runs=[
+        {"loss": x, "recognised, w 1": x} for x in (0.97 * mean, 1.03 * mean)])
+        for name, keep, mean in (("static", 0.5, 0.3), ("elastic", 0.5, 0.9), ("static", 0.25, 0.0), ("full", None, 0.3))}
     found = compare.print_differences(rows, [0.5, 0.25], ["loss", "recognised, w 1"])
     verdicts = {(c["this"], c["that"], c["measure"]): c["verdict"] for c in found}
     assert verdicts["elastic-0.5", "static-0.5", "loss"] == "worse" and len(found) == 6
@@ -706,20 +707,28 @@ def test_the_solver_against_every_choice():
                 # a price cannot reach choices above the hull of all totals: nothing cheaper is better
                 assert total[mine] <= total[allowed & (spent <= spent[mine])].min() + 1e-12
         assert np.ptp(fit_ranks.solve(harm, cost, steps, 30.0, smooth=100.0)) == 0
+    straight = np.outer(steps, [3.0, 2.0, 1.0, 0.0])  # on one edge all levels tie: nothing affordable is left over
+    even = np.array([1.0, 2.0, 3.0, 4.0])
+    for budget in (7.0, 8.0, 13.0, 17.0):
+        levels = fit_ranks.solve(straight, even, steps, budget)
+        spent = (steps * even[levels]).sum()
+        assert spent <= budget and all(spent + n > budget for n, k in zip(steps, levels) if k < 3)
+    with pytest.raises(ValueError, match="least share"):
+        fit_ranks.solve(straight, even, steps, 5.9)
 
 
 def test_a_fitted_profile_costs_no_more_than_the_constant_share():
     config, visited = Config(**TINY, method="elastic", keep=1.0, rho_min=0.1, image_size=8), schedule.sampling_timesteps(50)
     groups = fit_ranks.noise_groups(NOISE.log_snr, visited[:-1])
     steps = np.array([sum(t in group for t in visited[:-1]) for group in groups])
-    harm = np.outer(steps * np.arange(10, 0, -1.0), (1 - np.array(fit_ranks.SHARES)) ** 2)  # more where it is clean
+    harm = np.outer(steps * np.arange(10, 0, -1.0), (1 - np.array(fit_ranks.measured_shares(0.1))) ** 2)  # more where it is clean
     for share in (0.5, 0.25, 0.12):
         profile, least = fit_ranks.fit(harm, config, groups, visited[:-1], share)
         costs = [flops.sampling(config, 50, ranks=ranks) for ranks in (profile, ((1, share),))]
         assert 0.95 * costs[1] < costs[0] <= costs[1] and least <= fit_ranks.harm_of_constant(harm, config, share)
         shares = [s for _, s in profile]
         assert shares == sorted(shares, reverse=True) and shares[0] > shares[-1] >= config.rho_min
-        rising = np.outer(steps * np.arange(1, 11.0), (1 - np.array(fit_ranks.SHARES)) ** 2)
+        rising = np.outer(steps * np.arange(1, 11.0), (1 - np.array(fit_ranks.measured_shares(0.1))) ** 2)
         flat = fit_ranks.fit(rising, config, groups, visited[:-1], share, never_rises=True)[0]
         assert np.ptp([s for _, s in flat]) < 0.01
         for shape in elastic.SHAPES.values():
@@ -741,7 +750,7 @@ def test_harm_of_few_channels(few, elastic_run):
     for g, group in enumerate(groups):
         t = group[0] + ((torch.arange(6, dtype=torch.float64) + 0.5) / 6 * len(group)).long()
         batch = common.noised_batch(net, images, order[torch.arange(6)], t, range(6 * g, 6 * g + 6), 3)
-        losses = [train.denoising_loss(net, net, batch._replace(share=share)).detach().double()
+        losses = [train.denoising_loss(net, net, batch._replace(share=share))[0].detach().double()
                   * schedule.eps_loss_factor("v", NOISE)[t] for share in (0.2, None)]
         worse = losses[0] - losses[1]
         assert harm["loss"][g, 0] == pytest.approx(len(group) / T * worse.mean().item(), rel=1e-3, abs=1e-9)
@@ -803,6 +812,12 @@ def test_fit_and_judge_scripts(few, elastic_run, tmp_path):
     runs(elastic, "--runs", run, run, *table, "--only", "budgets,profiles")
     assert (tmp_path / "judged.json").stat().st_mtime_ns == before
     refuses(elastic, "--runs", run, *table, "--shares", "0.05", says=("--shares", "0.1"))
+    save_npz(tmp_path / "large.npz", *data.draw_shapes(40, 16, 1)), save_npz(tmp_path / "few.npz", *data.draw_shapes(10, 8, 1))
+    for name, says in (("large", "other classes or another size"), ("few", "at least 20")):
+        images = ["--dataset", tmp_path / f"{name}.npz", "--test", tmp_path / f"{name}.npz", *few[4:6], "--classifier", judge]
+        for module, word in ((elastic, "--runs"), (samplers, "--run"), (fit_ranks, "--run")):
+            if (module, name) != (fit_ranks, "few"):  # which takes the other ten
+                refuses(module, word, run, *images, says=says)
     refuses(fit_ranks, "--run", run, *flags, "--shares", "2", says=("--shares", "1"))
     refuses(fit_ranks, "--run", tmp_path, *flags, says="does not exist")
     train.main([*map(str, [*few[:2], *few[4:]]), "--model", "tiny", "--method", "static", "--steps", "1", "--sample-every",
