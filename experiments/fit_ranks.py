@@ -213,7 +213,7 @@ def solve(harm: np.ndarray, cost: np.ndarray, steps: np.ndarray, budget: float, 
     for _ in range(200):
         middle = (low + high) / 2
         low, high = (low, middle) if (steps * cost[cheapest(middle)]).sum() <= budget else (middle, high)
-    levels, tied = cheapest(high), cheapest(low)
+    levels, tied = cheapest(high), cheapest(low * (1 - 1e-9))  # less: or rounding would settle some of the ties
     if never_rises or smooth:
         return levels
     for g in range(G):
