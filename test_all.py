@@ -1211,7 +1211,7 @@ CHANGES = [{}, {"conditioning": "shared"}, {"factorise": "attention-mlp", "dense
 
 def training_state(config, t_low=1, **given):
     """Settings and state in a stage of a curriculum; all weights matter, and the optimiser does w <- w - gradient."""
-    s = train.choose_settings({"model": "tiny", **given})
+    s = train.choose_settings({"model": "tiny", "method": config.method, **given})
     state = train.State(s, config, CPU)
     state.model = awake(config)
     state.optimizer = torch.optim.SGD(state.model.parameters(), lr=1.0)
@@ -1258,7 +1258,7 @@ def test_a_training_step_is_torchs_count(method, changes):
     config, t = Config(**SMALL | changes | given), [350, 600, 601, 800, T]
     s, state = training_state(config, t_low=200)
     elastic, share = method == "elastic", schedule.elastic_shares(5, 0.1)
-    for slices, penalty, distil in ((1, 0.0, 0.0), (3, 0.1, 1.0), (9, 0.1, 1.0), (2, 0.1, 0.0)):
+    for slices, penalty, distil in ((1, 0.0, 0.0), (3, 0.1, 1.0 * elastic), (9, 0.1, 1.0 * elastic), (2, 0.1, 0.0)):
         count = lambda i, step, processes: flops.train_step(
             config, t[i::step], slices, 200, penalty > 0, processes, *([share[i::step], distil > 0] if elastic else []))
         with multiply_adds(counted := []):
@@ -1928,7 +1928,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path, monkeypat
     quick_training("--steps", 6, "--save-every", 5, "--lr", "1e-3", "--out", tmp_path / "r")
     good, real = (tmp_path / "r" / "state.pt").read_bytes(), train.to_unit
     with monkeypatch.context() as patch:
-        patch.setattr(train, "to_unit", lambda x: real(x) * math.nan)
+        patch.setattr(train, "to_unit", lambda *x: real(*x) * math.nan)
         refuses(train, "--resume", "--steps", 24, "--out", tmp_path / "r", says=("finite", "--lr 0.0005"))
     assert (tmp_path / "r" / "state.pt").read_bytes() == good
     monkeypatch.setitem(model.PRESETS, "tiny", ONE_BLOCK)
