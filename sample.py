@@ -3,6 +3,7 @@
     python sample.py                            100 images of all classes from the newest run, as a grid
     python sample.py --classes 3,9 --num 16     sixteen images of classes 3 and 9 in turn
     python sample.py --num 500 --out x.npz      a file for fid.py
+    python sample.py --budget 0.3               a run of --method elastic, with fewer of its channels
 
 NA-LR section 2.1 (slicing, Eq. 5) and D.1. At one t all images share the active rank, so every
 low-rank layer multiplies by its first Phi(t) channels only. Read schedule.py and model.py before.

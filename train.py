@@ -3,6 +3,7 @@
     python train.py                                     shapes, model tiny: minutes on a laptop
     python train.py --dataset cifar10                   the paper's run (DiT-S/2, 800,000 steps): a GPU
     python train.py --dataset FOLDER --model tiny       your own images: a folder, class folders, .zip, .npz
+    python train.py --method elastic                    one model for every budget of sampling
     python train.py --resume                            go on with the newest run
     torchrun --nproc_per_node=4 train.py ...            the same steps, shared out to four GPUs
 
