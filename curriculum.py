@@ -55,15 +55,13 @@ TIMESTEPS = ("uniform", "stratified", *(name + suffix for name in ("speed", "log
                                         for suffix in ("", "-stratified")))
 
 
-def base_distribution(name: str, alpha_bar: torch.Tensor, tau: int, progress: float) -> torch.Tensor:
-    """What one of TIMESTEPS draws from (stratified is a way to draw: `Curriculum.sample`).
-    tau: SpeeD's; progress: 0 to 1, of the training, by which clts moves"""
+def base_distribution(name: str, alpha_bar: torch.Tensor, tau: int) -> torch.Tensor:
+    """What one of TIMESTEPS draws from when training starts; clts moves on from there. (stratified is a way
+    to draw: `Curriculum.sample`.) tau: SpeeD's"""
     T = len(alpha_bar) - 1
     if name.startswith("speed"):
         return speed(T, tau)
-    if name.startswith("log-normal"):
-        return log_normal(alpha_bar)
-    return clts(T, progress) if name.startswith("clts") else uniform(T)
+    return log_normal(alpha_bar) if name.startswith("log-normal") else uniform(T)
 
 
 # ----------------------------------------------------------------------------------------------------

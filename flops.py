@@ -124,6 +124,7 @@ def budget_share(config: Config, budget: float) -> float:
 # Training
 
 
+@functools.cache  # asked at every step of a training
 def penalty_step(config: Config, t_low: int = 1) -> int:
     """Multiply-adds of `lowrank.orthogonality_penalty` over the channels from t_low up: for each factor
     (k, m) the Gram matrix costs k k m, and the gradient two such products."""
@@ -145,8 +146,8 @@ def train_step(config: Config, t: list[int], slices: int = 1, t_low: int = 1, pe
     share = [1.0] * len(t) if share is None else share.tolist()
     for process in range(processes):
         rows = torch.arange(process, len(t), processes)
-        for part in rows.tensor_split(min(slices, len(t))):
-            if len(part):
+        for part in (part.tolist() for part in rows.tensor_split(min(slices, len(t)))):
+            if part:
                 needed = max(share[i] for i in part)
                 total += len(part) * one_image(config, *(t[i] for i in part), share=needed)[1]
     if distil:

@@ -948,8 +948,8 @@ def test_distributions_of_the_neighbours():
         for low, high in ((0.05, 0.3), (0.3, 0.6), (0.6, 0.9)):
             inside = p[(u > low) & (u <= high)].sum().item()
             assert inside == pytest.approx(((drawn > low) & (drawn <= high)).double().mean().item(), abs=0.02)
-        for name in curriculum.TIMESTEPS:
-            p = curriculum.base_distribution(name, noise.alpha_bar, 700, 0.25)
+        for p in (curriculum.clts(T, 0.25), *(
+                curriculum.base_distribution(name, noise.alpha_bar, 700) for name in curriculum.TIMESTEPS)):
             assert p[0] == 0 and (p[1:] >= 0).all() and p.sum().item() == pytest.approx(1)
     start, middle, end = (curriculum.clts(T, progress) for progress in (0, 0.5, 1))
     assert torch.allclose(start, curriculum.uniform(T)) and torch.allclose(middle, (start + end) / 2)
@@ -962,10 +962,10 @@ def test_clts_moves_while_a_run_trains():
     for name, moves in (("clts-stratified", True), ("log-normal", False), ("speed", False)):
         s, state = training_state(config)
         s = replace(s, timesteps=name, steps=10)
-        state.curriculum.base = train.timestep_distribution(s, state.model, 0)
+        state.curriculum.base = curriculum.base_distribution(name, AB, 946)
         state.step = 5
         train.draw_batch(dataset, state, s)
-        expected = curriculum.base_distribution(name, AB, 946, 0.5 if moves else 0.0)
+        expected = curriculum.clts(T, 0.5) if moves else curriculum.base_distribution(name, AB, 946)
         assert torch.allclose(state.curriculum.probabilities(), expected, rtol=1e-9)
 
 

@@ -29,7 +29,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import flops
-from curriculum import TIMESTEPS, Curriculum, base_distribution, cluster_timesteps
+from curriculum import TIMESTEPS, Curriculum, base_distribution, clts, cluster_timesteps
 from data import DATASETS, Dataset, batch_indices, decode, open_source, to_unit
 from lowrank import orthogonality_penalty
 from model import PRESETS, SIZES, Config, DiT, preset_config, summary
@@ -128,11 +128,6 @@ def loss_groups(noise: str) -> list[int]:
     return cluster_timesteps(NoiseSchedule(noise).log_snr, 5)
 
 
-def timestep_distribution(s: Settings, model: DiT, progress: float) -> torch.Tensor:
-    """What t is drawn from once all groups of the curriculum are in: float64 (T + 1,)."""
-    return base_distribution(s.timesteps, model.noise.alpha_bar, speed_tau(model.noise), progress)
-
-
 class Batch(NamedTuple):
     """By falling rank: the samples that need most channels first."""
     x_0: torch.Tensor  # (B, 3, H, W) in [-1, 1]
@@ -166,7 +161,7 @@ def draw_batch(dataset: Dataset, state: "State", s: Settings) -> Batch:
         y = torch.full_like(y, config.num_classes)
     eps = torch.randn(x_0.shape, device=device, generator=rng)
     if s.timesteps.startswith("clts"):  # the others stand still
-        state.curriculum.base = timestep_distribution(s, state.model, state.step / s.steps)
+        state.curriculum.base = clts(T, state.step / s.steps)
     t, share = state.curriculum.sample(s.batch_size, state.host_rng, s.timesteps.endswith("stratified")), None
     if config.method == "elastic":
         t = t[torch.randperm(len(t), generator=state.host_rng)]  # it comes ascending, and share falling
@@ -179,8 +174,8 @@ def draw_batch(dataset: Dataset, state: "State", s: Settings) -> Batch:
 
 def denoising_loss(net, model: DiT, batch: Batch, dtype: torch.dtype = torch.float32, distil: float = 0.0):
     """The squared error of what the model predicts, mean over pixels: float32 (B,), unweighted; and what
-    training minimises, the same plus `distil` times the squared difference to what the model predicts with all
-    its channels. net: the model, or what runs it (compiled, in parallel)."""
+    training minimises, the same plus `distil` times the squared difference to what the model predicts with
+    all its channels. net: the model, or what runs it (compiled, in parallel)."""
     device = batch.x_0.device
     signal, noise = (to_device(a, device) for a in model.noise.coefficients(batch.t))
     x_t, t = add_noise(batch.x_0, batch.eps, signal, noise), to_device(batch.t, device)
@@ -309,7 +304,8 @@ class State:
                                            fused=device.type in ("cpu", "cuda"))
         self.curriculum = Curriculum(
             cluster_timesteps(self.model.noise.log_snr, max(1, s.curriculum_groups)), T, s.steps,
-            s.curriculum_share, alpha=s.curriculum_alpha, base=timestep_distribution(s, self.model, 0),
+            s.curriculum_share, alpha=s.curriculum_alpha,
+            base=base_distribution(s.timesteps, self.model.noise.alpha_bar, speed_tau(self.model.noise)),
             progressive=s.curriculum_sampling == "progressive")
         self.host_rng = torch.Generator().manual_seed(s.seed)  # of the timesteps
         self.device_rng = torch.Generator(device).manual_seed(s.seed + 2**31)  # of everything else
@@ -406,19 +402,20 @@ def open_run(argv: list[str] | None) -> tuple[Run, dict]:
     if processes.number:
         processes.gather(None)  # waits for the first one: what that downloads or caches, the others find
     source = open_source(s.dataset, s.data_dir, image_size=s.image_size, seed=s.seed)
-    (height, width), classes = source.read(0, 1).shape[2:], len(source.classes)
+    first, classes = source.read(0, 1), len(source.classes)
+    channels, height, width = first.shape[1:]
     if height != width:
         raise InputError(f"{source.name} has images of {width}x{height}; --image-size N makes them square")
-    dataset = decode(source, s.data_dir).to(processes.device)
     facts = dict(num_classes=classes)
-    if dataset.images.dtype != torch.uint8:
-        std, mean = torch.std_mean(dataset.images.float(), (0, 2, 3))
+    if first.dtype != torch.uint8:
+        std, mean = torch.std_mean(source.read(0, source.n).float(), (0, 2, 3))
         # unclipped, as latents must be, eps would multiply errors by 20,291 at t = T
-        facts |= dict(channels=len(mean), mean=mean.tolist(), std=std.tolist(), predict="v")
+        facts |= dict(channels=channels, mean=mean.tolist(), std=std.tolist(), predict="v")
     config = preset_config(s.model, flags | {"image_size": height}, **facts)
-    if config.num_classes < classes or config.channels != dataset.images.shape[1]:
-        raise InputError(f"{source.name} has {classes} classes and {dataset.images.shape[1]} channels, "
+    if config.num_classes < classes or config.channels != channels:
+        raise InputError(f"{source.name} has {classes} classes and {channels} channels, "
                          f"the model only {config.num_classes} and {config.channels}")
+    dataset = decode(source, s.data_dir).to(processes.device)  # last: of a large folder it takes minutes
     if not processes.number:
         processes.gather(None)
     if folder is None:
