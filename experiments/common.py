@@ -306,12 +306,13 @@ def spent(folder: Path) -> int:
     return flops
 
 
-def draw_samples(model: DiT, classes: int, num: int, steps: int, guidance: float, shares: Shares = Shares()):
+def draw_samples(model: DiT, classes: int, num: int, steps: int, guidance: float, shares: Shares = Shares(),
+                 sampler: str = "ddim"):
     """Images 0 to num - 1 of seed 0, the classes in turn: uint8 (num, C, H, W), and their labels (num,)."""
     drawn, batch = [], 100 if model.position.device.type == "cpu" else 500
     for first in range(0, num, batch):
         indices = range(first, min(first + batch, num))
-        drawn.append(draw_images(model, indices, list(range(classes)), 0, "ddim", steps, guidance, shares=shares))
+        drawn.append(draw_images(model, indices, range(classes), 0, sampler, steps, guidance, shares=shares))
     return tuple(map(torch.cat, zip(*drawn)))
 
 

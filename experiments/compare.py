@@ -28,6 +28,7 @@ one write the classifier before the second starts. Flags that are not listed her
 
 import math
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -254,7 +255,8 @@ def draw(rows: dict, args) -> None:
 # The script
 
 
-def main():
+def read_command_line() -> Namespace:
+    """Flags, their lists read and checked; args.train_flags are train.py's. Raises InputError."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     common.add_run_flags(parser, "runs/compare")
@@ -278,16 +280,20 @@ def main():
     args.guidances = common.choose_numbers("--guidances", args.guidances)
     args.guidance = args.guidances[-1]
     common.check_sample_flags(args)
-    names = common.choose("--rows", args.rows, ROWS)
-    if "fitted" in names and not args.fit:
+    args.rows = common.choose("--rows", args.rows, ROWS)
+    if "fitted" in args.rows and not args.fit:
         raise InputError("--rows fitted needs --fit DIR, the profiles that experiments/fit_ranks.py wrote")
-    keeps = common.choose_numbers("--keeps", args.keeps, low=1e-3, high=1)
-    judged = list_entries(names, keeps, args.seeds, args.fit, args.objective)
+    args.keeps = common.choose_numbers("--keeps", args.keeps, low=1e-3, high=1)
+    common.settle_image_flags(args)
+    return args
+
+
+def main():
+    args = read_command_line()
+    judged = list_entries(args.rows, args.keeps, args.seeds, args.fit, args.objective)
     runs = {one.run: one for one in judged}
     mine = common.choose("--only", args.only, runs) if args.only else list(runs)
-    device = pick_device(args.device)
-    common.settle_image_flags(args)
-    flags = {}
+    device, flags = pick_device(args.device), {}
     profiles = {}  # what is measured of a fitted row depends on the content of its file
     for name, one in runs.items():
         common.check_length(args.out / name, args.steps)
@@ -302,9 +308,9 @@ def main():
         everything = common.load_held_out(args, 10_000)
         for name in mine:  # a mistyped flag costs a second, not the time it takes to train a classifier
             _, config = common.read_run_flags(flags[name], everything)
-            if config.method == "elastic" and min(keeps) < config.rho_min:
-                raise InputError(f"--keeps {min(keeps):g}: elastic rows are sampled with that share of the channels; "
-                                 f"they train none below {config.rho_min:g}")
+            if config.method == "elastic" and min(args.keeps) < config.rho_min:
+                raise InputError(f"--keeps {min(args.keeps):g}: elastic rows are sampled with that share of the "
+                                 f"channels; they train none below {config.rho_min:g}")
         test = common.every_second(everything, 1)  # fit_ranks.py has seen the others
         if path and not path.exists():
             print(f"training the classifier {path}")
@@ -335,7 +341,7 @@ def main():
     if not rows:
         raise InputError(f"{args.out} holds no finished run of these settings; leave --report out to train them")
     print_tables(rows, measures)
-    differences = print_differences(rows, keeps, measures)
+    differences = print_differences(rows, args.keeps, measures)
     print(f"\n{len(missing)} of {len(judged)} are missing: {', '.join(missing)}" if missing else "\nall runs are in")
     draw(rows, args)
     plot.write_json(args.out / "results.json", dict(settings=vars(args), groups=GROUP_NAMES, missing=missing,

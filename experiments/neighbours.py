@@ -35,7 +35,6 @@ import curves
 import flops
 import plot
 from common import GROUP_EDGES, GROUP_NAMES
-from data import open_source
 from model import METHODS, Config
 from schedule import T
 from script import Parser, flag, pick_device, positive_int, run_script, sha256_of
@@ -174,23 +173,20 @@ def main():
     common.settle_image_flags(args)
     device = pick_device(args.device)
     held_out = common.load_held_out(args, 5000)
-    network = None
-    if args.classifier and args.num:
-        network, known = classifier.load_classifier(args.classifier, device, held_out)
+    judge = classifier.Judge(args.classifier, held_out, device) if args.classifier and args.num else None
     depends = {name: getattr(args, name) for name in ("test", "per_group", "num", "guidance", "sampling_steps")}
-    depends["classifier"] = sha256_of(args.classifier) if network else None
+    depends["classifier"] = sha256_of(args.classifier) if judge else None
 
     def flags_of(method: str, name: str, **settings) -> list[str]:
         return common.run_flags(args, method=method, **PLAIN | CONTESTANTS[name], **settings)
 
     def measure(model, folder: Path) -> dict:
         result = common.losses_and_cost(model, folder, held_out, args.per_group) | dict(recognised=None)
-        if network:
-            path, classes = folder / "samples.npz", len(held_out.classes)
+        if judge:
+            classes = len(held_out.classes)
             samples = common.draw_samples(model, classes, args.num, args.sampling_steps, args.guidance)
-            common.write_samples(path, *samples)
-            judged = classifier.judge(network, known, open_source(str(path)), device)
-            result["recognised"] = judged["recognised"]
+            common.write_samples(folder / "samples.npz", *samples)
+            result["recognised"] = judge(*samples)["recognised"]
         return result
 
     plan = {}  # method -> contestant -> (steps, expected multiply-adds)

@@ -11,14 +11,12 @@ import math
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's top level
 import classifier
 import common
 import flops
 import plot
-from sample import draw_images, load_model
+from sample import load_model
 from script import DEVICES, InputError, Parser, pick_device, positive_int, run_script
 
 NAMES = ("ddim", "dpm++", "heun")
@@ -55,12 +53,10 @@ def main():
     rows = []
     for n in passes:
         for sampler in NAMES:
-            steps, drawn = steps_for(sampler, n), []
-            for first in range(0, args.num, 100):
-                indices = range(first, min(first + 100, args.num))
-                drawn.append(draw_images(model, indices, range(len(state["classes"])), 0, sampler, steps, guidance))
+            steps = steps_for(sampler, n)
+            samples = common.draw_samples(model, len(state["classes"]), args.num, steps, guidance, sampler=sampler)
             cost = flops.sampling(model.config, steps, guidance not in (0, 1), sampler=sampler)
-            rows.append(dict(passes=n, sampler=sampler, steps=steps, cost=cost, **judge(*map(torch.cat, zip(*drawn)))))
+            rows.append(dict(passes=n, sampler=sampler, steps=steps, cost=cost, **judge(*samples)))
     print(f"{args.num} samples, guidance {guidance:g}")
     plot.print_table([row | {"cost": flops.amount(row["cost"])} for row in rows],
                      dict(passes="", sampler="", steps="", cost="", frechet=".2f", recognised=".1%"))
