@@ -31,6 +31,9 @@ PRESETS = {
 # small enough to learn `shapes` on two CPU cores in minutes
 PRESETS["tiny"] = dict(depth=3, width=192, heads=6, patch=4, conditioning="shared", dense_mlp_blocks=0,
                        predict="v", keep=0.25)
+# what two CPU cores can teach photographs of 32x32 in some hours
+PRESETS["small"] = dict(depth=6, width=256, heads=4, patch=4, conditioning="shared", dense_mlp_blocks=0,
+                        predict="v")
 ELASTIC = dict(keep=1.0, rho_min=0.1)  # as many parameters as full rank, a tenth of the channels at least
 
 
