@@ -23,8 +23,7 @@ import torch
 
 from curriculum import Curriculum, cluster_timesteps
 from model import Config, linear_layers, parameter_count, preset_config, summary
-from schedule import (Profile, T, NoiseSchedule, elastic_shares, sampling_timesteps, share_at,
-                      share_of)
+from schedule import T, NoiseSchedule, Shares, elastic_shares, sampling_timesteps, share_of
 from script import Parser, add_flags, positive_int, run_script
 
 # ----------------------------------------------------------------------------------------------------
@@ -89,22 +88,18 @@ def one_image(config: Config, *t: int, share: float = 1.0) -> tuple[int, int]:
     return _cost(config, *channels(config, *t, share=share).values())
 
 
-def sampling(config: Config, steps: int = 100, guidance: bool = False, ranks: Profile | None = None,
-             guide_share: float = 1.0, same_labels: bool = False, sampler: str = "ddim") -> int:
+def sampling(config: Config, steps: int = 100, guidance: float = 1.0, shares: Shares = Shares(),
+             labelled: bool = True, sampler: str = "ddim") -> int:
     """Multiply-adds of sampling one image, each pass sliced to its Phi(t). NA-LR Eq. (5).
 
-    guidance: classifier-free guidance, two passes a step. Timestep and label layers count for every
-    image, though a batch computes them once.
-    ranks, guide_share: as in `sample.Shares`
-    same_labels: of both passes, so that where their shares are equal too, one is enough
-    sampler: heun looks at the end of its steps, too, but for the first and the last one
+    Which passes guidance makes, `Shares.passes` says. Timestep and label layers count for every image, though
+    a batch computes them once. sampler: heun looks at the end of its steps, too, but for the first and the
+    last one.
     """
     total, visited = 0, sampling_timesteps(steps)
     for t in visited[:-1] + (visited[2:-1] if sampler == "heun" else []):
-        share = share_at(ranks, t) if ranks else 1.0
-        total += one_image(config, t, share=share)[0]
-        if guidance and not (same_labels and guide_share >= share):
-            total += one_image(config, t, share=min(share, guide_share))[0]
+        passes = shares.passes(t, guidance, labelled)
+        total += sum(one_image(config, t, share=share)[0] for share in passes if share is not None)
     return total
 
 
@@ -206,7 +201,7 @@ def compare(config: Config, s, sampling_steps: int, training: int) -> list[dict]
     rows = []
     for name, c in models.items():
         spent = training_run(c, s.steps, s.batch_size, penalty=s.orthogonality > 0) if rows else training
-        guided = sampling(c, sampling_steps, guidance=True) if c.num_classes else None
+        guided = sampling(c, sampling_steps, guidance=2.0) if c.num_classes else None
         rows.append(dict(name=name, params=parameter_count(c), forward=sum(p.size for p in products(c)),
                          sampling=sampling(c, sampling_steps), sampling_guided=guided, training=spent))
     return rows

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from torchvision.utils import make_grid
 import flops
 from data import IMAGE_ENDINGS, from_unit
 from model import Config, DiT, read_profile
-from schedule import T, NoiseSchedule, Profile, predicted_x_0_and_eps, sampling_timesteps, share_at
+from schedule import T, NoiseSchedule, Shares, predicted_x_0_and_eps, sampling_timesteps
 from script import (DEVICES, DTYPES, InputError, Parser, add_flags, check_fields, duration, end_progress,
                     newest_run, one_line, pick_device, pick_dtype, read_checkpoint, read_torchscript,
                     run_script, setting, show_progress, write_then_rename)
@@ -36,29 +35,6 @@ from script import (DEVICES, DTYPES, InputError, Parser, add_flags, check_fields
 Predictor = Callable[[torch.Tensor, int], torch.Tensor]  # (x, t) -> what is predicted, such as eps
 
 
-class Shares(NamedTuple):
-    """Which channels an elastic model computes.
-
-    ranks: a profile over t, ((1, share),) for one share everywhere; None: what the model's rank schedule says
-    guide: the largest share of r_max in the second pass of guidance, which is never given more than the first
-    guide_class: what the second pass is told, "none": classifier-free guidance, or "same": the class, so that
-    the passes differ in their rank alone (autoguidance, Karras et al. 2024)
-    """
-    ranks: Profile | None = None
-    guide: float = 1.0
-    guide_class: str = "none"
-
-    def at(self, t: int) -> tuple[float, float]:
-        """The shares of the first and of the second pass at t."""
-        share = share_at(self.ranks, t) if self.ranks else 1.0
-        return share, min(share, self.guide)
-
-    @property
-    def differ(self) -> bool:
-        """Whether the second pass computes fewer channels than the first at any t."""
-        return self.guide < max(share for _, share in self.ranks or ((1, 1.0),))
-
-
 def guided(model: DiT, y: torch.Tensor | None, guidance: float, shares: Shares = Shares()) -> Predictor:
     """The model's answer with classifier-free guidance (Ho and Salimans 2022): out_u + w (out_c - out_u).
     Whatever the model predicts is linear in eps at a given x, so this is their formula for eps.
@@ -66,8 +42,8 @@ def guided(model: DiT, y: torch.Tensor | None, guidance: float, shares: Shares =
     y: int64 (B,), or None for "no class". Passes of equal rank run as one batch. Where both would be the
     same, or one has weight zero (w = 0, w = 1), only one is computed.
     """
-    none = torch.tensor(model.config.num_classes, device=model.position.device)
-    y = none[None] if y is None else y
+    none, labelled = torch.tensor(model.config.num_classes, device=model.position.device), y is not None
+    y = y if labelled else none[None]
     guide = y if shares.guide_class == "same" else none.expand_as(y)
 
     def a_pass(labels):
@@ -83,13 +59,12 @@ def guided(model: DiT, y: torch.Tensor | None, guidance: float, shares: Shares =
         return answer
 
     first, second, both = a_pass(y), a_pass(guide), a_pass(torch.cat([y, guide]))
-    same_labels = torch.equal(y, guide)
 
     def output(x, t):
-        share, guide_share = shares.at(t)
-        if guidance == 1 or (same_labels and guide_share == share):
+        share, guide_share = shares.passes(t, guidance, labelled)
+        if guide_share is None:
             return first(x, t, share)
-        if guidance == 0:
+        if share is None:
             return second(x, t, guide_share)
         if guide_share == share:
             out_c, out_u = both(torch.cat([x, x]), t, share).chunk(2)
@@ -282,6 +257,12 @@ def save_grid(path: Path, images: torch.Tensor, columns: int) -> None:
     scale = max(1, 64 // images.shape[-1])
     images = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     save_png(path, make_grid(images, nrow=columns, padding=2))
+
+
+def save_npz(path: Path, images: torch.Tensor, labels: torch.Tensor) -> None:
+    """What fid.py and train.py read: uint8 images (n, 3, H, W), as ADM's arr_0 (n, H, W, 3), or latents."""
+    arrays = dict(latents=images) if images.is_floating_point() else dict(arr_0=images.permute(0, 2, 3, 1))
+    write_then_rename(path, lambda file: np.savez(file, **arrays, labels=labels))
 
 
 def draw_grid(path: Path, model: DiT, classes: int, guidance: float) -> None:
@@ -477,21 +458,15 @@ def main():
             labels.append(drawn_labels)
     end_progress()
     if out.suffix == ".npz":
-        drawn = torch.cat(images)
-        arrays = dict(latents=drawn) if as_latents else dict(arr_0=drawn.permute(0, 2, 3, 1))
-        write_then_rename(out, lambda file: np.savez(file, **arrays, labels=torch.cat(labels)))
+        save_npz(out, torch.cat(images), torch.cat(labels))
     elif out.suffix == ".png":
         save_grid(out, torch.cat(images), grid_columns(len(classes)))
         if len(classes) == grid_columns(len(classes)):
             print("columns:", ", ".join(state["classes"][c] for c in classes))
     guided_by = f", guidance {guidance:g}" if guidance != 1 else ""
     print(f"{o.num} images, {o.sampler} {o.steps} steps{guided_by}: {out}")
-    two_passes, ranks = guidance not in (0, 1), shares.ranks
-    if guidance == 0:  # the second pass alone
-        ranks = tuple((t, min(share, shares.guide)) for t, share in ranks or ((1, 1.0),))
-    same_labels = not classes or shares.guide_class == "same"
-    cost = flops.sampling(model.config, o.steps, two_passes, ranks, shares.guide, same_labels, o.sampler)
-    full = flops.sampling(model.config, o.steps, two_passes, same_labels=not classes, sampler=o.sampler)
+    cost = flops.sampling(model.config, o.steps, guidance, shares, bool(classes), o.sampler)
+    full = flops.sampling(model.config, o.steps, guidance, labelled=bool(classes), sampler=o.sampler)
     share = f"share {shares.ranks[0][1]:.3g} of the channels, " if o.budget else ""
     print(f"{share}{flops.amount(cost)} multiply-adds an image" +
           (f", {1 - cost / full:.1%} less than with all channels" if cost < full else ""))

@@ -6,6 +6,7 @@ other methods stand at the end.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -128,6 +129,34 @@ Profile = tuple[tuple[int, float], ...]  # pairs (t, share): from each t on, tha
 def share_at(profile: Profile, t: int) -> float:
     """The share of the last pair that begins at t or before."""
     return [share for first, share in profile if first <= t][-1]
+
+
+class Shares(NamedTuple):
+    """The shares of the channels that an elastic model computes in sampling.
+
+    ranks: a profile over t, ((1, share),) for one share everywhere; None: all, or what a rank schedule says
+    guide: the largest share in the second pass of guidance, which is never given more than the first
+    guide_class: what the second pass is told, "none": classifier-free guidance, or "same": the class, so that
+    the passes differ in their rank alone (autoguidance, Karras et al. 2024)
+    """
+    ranks: Profile | None = None
+    guide: float = 1.0
+    guide_class: str = "none"
+
+    def passes(self, t: int, guidance: float, labelled: bool = True) -> tuple[float | None, float | None]:
+        """The shares of the first and of the second pass at t; None for a pass that would say nothing new:
+        with weight zero (guidance 0 and 1), or the same as the other. labelled: the first is told a class."""
+        first = share_at(self.ranks, t) if self.ranks else 1.0
+        second = min(first, self.guide)
+        alike = first == second and (self.guide_class == "same" or not labelled)
+        if guidance == 1 or alike:
+            return first, None
+        return (None, second) if guidance == 0 else (first, second)
+
+    @property
+    def differ(self) -> bool:
+        """Whether the second pass computes fewer channels than the first at any t."""
+        return self.guide < max(share for _, share in self.ranks or ((1, 1.0),))
 
 
 PROFILES = ("logistic", "linear")

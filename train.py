@@ -21,6 +21,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -241,10 +242,32 @@ def main(argv: list[str] | None = None) -> None:
         net = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
     slices = s.slices or (6 if s.model != "tiny" and device.type == "cpu" else 1)
     mine = slice(processes.number, None, processes.count)  # by falling rank: as much work as the others'
-    pictures, classes = run.folder / "samples", len(run.dataset.classes)
-    draws = s.sample_every > 0 and not state.model.config.mean  # latents are no pictures
-    stop, stopping = Stop(), False
 
+    def take_step(batch: Batch) -> torch.Tensor:
+        state.spent += flops.train_step(state.model.config, batch.t.tolist(), slices, state.curriculum.t_low,
+                                        s.orthogonality > 0, processes.count, batch.share, s.distil > 0)
+        return train_step(net, state, batch.part(mine), s, slices, dtype)
+
+    run_steps(run, take_step)
+    masked = run.masked_cost * s.steps
+    saved = f", {1 - state.spent / masked:.1%} less than with masks alone" if state.spent < masked else ""
+    print(f"done        {flops.amount(state.spent)} multiply-adds{saved}; "
+          f"{duration(time.time() - run.begin)} in this call")
+    if run.draws and processes.number == 0:
+        print(f"picture     {run.draw('final.png')}")
+    print(f"more        python sample.py --run {run.folder}")
+    print(f"losses      python experiments/curves.py {run.folder}")
+
+
+def run_steps(run: "Run", take_step: Callable[[Batch], torch.Tensor],
+              before_save: Callable[[], None] = lambda: None) -> None:
+    """From where the run stands to its last step; Ctrl-C ends it after a step, with everything saved.
+
+    take_step: moves the weights, counts in state.spent what that costs, and gives the losses (B,) of this
+    process's part of the batch
+    """
+    s, state, processes = run.s, run.state, run.processes
+    stop, stopping = Stop(), False
     while state.step < s.steps and not stopping:
         if state.curriculum.advance(state.step) and s.restart:
             state.optimizer.state.clear()  # C.3.4; the EMA of the weights goes on
@@ -253,11 +276,9 @@ def main(argv: list[str] | None = None) -> None:
         for group in state.optimizer.param_groups:
             group["lr"] = lr
         batch = draw_batch(run.dataset, state, s)
-        state.losses.append(train_step(net, state, batch.part(mine), s, slices, dtype))
+        state.losses.append(take_step(batch))
         state.timesteps.append(batch.t)
         update_ema(state, s)
-        state.spent += flops.train_step(state.model.config, batch.t.tolist(), slices, state.curriculum.t_low,
-                                        s.orthogonality > 0, processes.count, batch.share, s.distil > 0)
         state.step += 1
 
         if len(state.losses) == s.log_every or state.step == s.steps:
@@ -265,27 +286,20 @@ def main(argv: list[str] | None = None) -> None:
         if processes.count == 1 or not state.losses:  # several agree on it when they have talked anyway
             stopping = any(processes.gather(stop.asked))
         if state.step % s.save_every == 0 or state.step == s.steps or stopping:
+            before_save()
             save(run)
-        due = draws and state.step % s.sample_every == 0 and state.step < s.steps
+        due = run.draws and state.step % s.sample_every == 0 and state.step < s.steps
         if due and state.curriculum.t_low == 1 and processes.number == 0:  # a picture takes all timesteps
-            draw_grid(pictures / f"step_{state.step:07d}.png", state.ema, classes, s.guidance)
+            run.draw(f"step_{state.step:07d}.png")
         if not state.losses:  # images per second are counted from after what was saved and drawn
             run.clock = time.time()
 
     stop.restore_handlers()
     end_progress()
     if state.step < s.steps:
-        print(f"stopped after step {state.step}; go on with: python train.py --resume --out {run.folder}",
-              file=sys.stderr)
+        print(f"stopped after step {state.step}, all is saved in {run.folder}; to go on, give the same "
+              "command again, that of train.py with --resume and --out", file=sys.stderr)
         sys.exit(130)
-    masked = run.masked_cost * s.steps
-    print(f"done, {duration(time.time() - run.begin)} in this call: {state.spent:.3g} multiply-adds" +
-          (f", {1 - state.spent / masked:.1%} less than with masks alone" if state.spent < masked else ""))
-    if draws and processes.number == 0:
-        draw_grid(pictures / "final.png", state.ema, classes, s.guidance)
-        print(f"picture     {pictures / 'final.png'}")
-    print(f"more        python sample.py --run {run.folder}")
-    print(f"losses      python experiments/curves.py {run.folder}")
 
 
 # ====================================================================================================
@@ -358,6 +372,15 @@ class Run:
         return fixed | asdict(self.state.model.config) | {"dataset": images}
 
     @property
+    def draws(self) -> bool:
+        return self.s.sample_every > 0 and not self.state.model.config.mean  # latents are no pictures
+
+    def draw(self, name: str) -> Path:
+        path = self.folder / "samples" / name
+        draw_grid(path, self.state.ema, len(self.dataset.classes), self.s.guidance)
+        return path
+
+    @property
     def masked_cost(self) -> int:
         """Multiply-adds of a step without slices or a curriculum."""
         s, config = self.s, self.state.model.config
@@ -371,8 +394,9 @@ class Run:
         norms = torch.stack(torch._foreach_norm(list(self.state.model.parameters())))
         if not (losses.isfinite().all() and norms.isfinite().all()):
             end_progress()
-            raise InputError(f"the loss stopped being finite before step {self.state.step}; go on from what "
-                             f"was saved before: try --resume --out {self.folder} --lr {self.s.lr / 2:g}")
+            raise InputError(f"the loss stopped being finite before step {self.state.step}; take a lower "
+                             f"learning rate: train.py --resume --out {self.folder} --lr {self.s.lr / 2:g} "
+                             "goes on from what was saved before")
         return losses
 
 
@@ -516,8 +540,9 @@ def print_summary(run: Run, given: dict, dtype: torch.dtype) -> None:
     print(f"device      {processes.device}, {dtype}, processes: {processes.count}, compiled: {s.compile}")
     print(f"data        {dataset.name}: {len(dataset.images):,} images {size}x{size}, {classes} classes")
     print(f"model       {s.model}, {summary(config)}")
-    print(f"cost        {run.masked_cost:.3g} multiply-adds a step of {s.batch_size}, {s.steps:,} steps "
-          f"{run.masked_cost * s.steps:.3g}, less what slices and curriculum save", flush=True)
+    step, whole = (flops.amount(run.masked_cost * steps) for steps in (1, s.steps))
+    print(f"cost        {step} multiply-adds a step of {s.batch_size}, {s.steps:,} steps {whole}, "
+          "less what slices and curriculum save", flush=True)
     for applies, names, why in (
             (config.method == "full", "keep factorise dense_mlp_blocks orthogonality", "--method full"),
             (config.method != "elastic", "distil", "only --method elastic has samples of fewer channels"),

@@ -22,10 +22,9 @@ import plot
 import train
 from data import DATASETS, Dataset, load, open_source, to_unit
 from model import PRESETS, Config, DiT, preset_config
-from sample import ImageNoise, Shares, draw_images, load_model
-from schedule import T, eps_loss_factor
-from script import (DEVICES, InputError, Parser, end_progress, flag, positive_int, sha256_of,
-                    write_then_rename)
+from sample import ImageNoise, draw_images, load_model
+from schedule import T, Shares, eps_loss_factor
+from script import DEVICES, InputError, Parser, flag, positive_int, sha256_of
 
 GROUP_EDGES = [*train.loss_groups("cosine"), T + 1]  # five groups of t of similar log-SNR, NA-LR B.1
 GROUP_NAMES = [f"{first}-{end - 1}" for first, end in zip(GROUP_EDGES, GROUP_EDGES[1:])]
@@ -237,36 +236,8 @@ def check_length(folder: Path, steps: int) -> None:
 
 
 def open_run(folder: Path, flags: list[str]) -> train.Run:
-    """A run as train.py begins it or resumes it, for steps of another kind (`go_on`)."""
+    """A run as train.py begins it or resumes it, for `train.run_steps` with steps of another kind."""
     return train.open_run(["--resume", "--out", str(folder), *flags])[0]
-
-
-def go_on(run: train.Run, take_step: Callable[[train.Batch], torch.Tensor], cost: int,
-          before_save: Callable[[], None] = lambda: None) -> None:
-    """The loop of train.py, without a curriculum, from where the run stands to its last step. take_step moves the
-    weights and gives the losses (B,) of a batch, for `cost` multiply-adds."""
-    s, state = run.s, run.state
-    while state.step < s.steps:
-        lr = train.learning_rate(state.step, 0, 0, s)
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr
-        batch = train.draw_batch(run.dataset, state, s)
-        state.losses.append(take_step(batch))
-        state.timesteps.append(batch.t)
-        train.update_ema(state, s)
-        state.spent += cost
-        state.step += 1
-        if len(state.losses) == s.log_every or state.step == s.steps:
-            if not torch.stack(state.losses).isfinite().all():
-                raise InputError(f"the loss stopped being finite before step {state.step}; delete {run.folder} "
-                                 "and try a lower learning rate")
-            train.write_log(run, lr)
-        if state.step % s.save_every == 0 or state.step == s.steps:
-            before_save()
-            train.save(run)
-        if not state.losses:
-            run.clock = time.time()
-    end_progress()
 
 
 def measured(folder: Path, flags: list[str], depends: dict, name: str = "measured") -> dict | None:
@@ -314,12 +285,6 @@ def draw_samples(model: DiT, classes: int, num: int, steps: int, guidance: float
         indices = range(first, min(first + batch, num))
         drawn.append(draw_images(model, indices, range(classes), 0, sampler, steps, guidance, shares=shares))
     return tuple(map(torch.cat, zip(*drawn)))
-
-
-def write_samples(path: Path, images: torch.Tensor, labels: torch.Tensor) -> None:
-    """As sample.py writes them into a .npz."""
-    arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy(), "labels": labels.numpy()}
-    write_then_rename(path, lambda file: np.savez(file, **arrays))
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -45,7 +45,8 @@ import plot
 from common import GROUP_NAMES
 from data import Dataset, open_source
 from model import DiT, parameter_count
-from sample import Shares, save_grid
+from sample import save_grid, save_npz
+from schedule import Shares
 from script import InputError, Parser, pick_device, positive_int, run_script, sha256_of
 
 ROWS = {  # name: flags of train.py
@@ -115,12 +116,12 @@ def measure_run(model: DiT, folder: Path, one: Entry, test: Dataset, judge: clas
     result = dict(loss=loss, loss_by_group=by_group, flops=common.spent(folder), predict=model.config.predict,
                   parameters=parameter_count(model.config),
                   seconds=seconds_of(curves.read_log(folder), args.batch_size),
-                  sampling=flops.sampling(model.config, args.sampling_steps, ranks=one.shares.ranks))
+                  sampling=flops.sampling(model.config, args.sampling_steps, shares=one.shares))
     for w in args.guidances if judge else ():
         samples = common.draw_samples(model, len(test.classes), args.num, args.sampling_steps, w, one.shares)
         for name, value in judge(*samples).items():
             result[f"{name}, w {w:g}"] = value
-        common.write_samples(folder / f"samples-{one.name}-w{w:g}.npz", *samples)
+        save_npz(folder / f"samples-{one.name}-w{w:g}.npz", *samples)
     return result
 
 

@@ -94,9 +94,10 @@ def distil(teacher: DiT, folder: Path, flags: list[str], origin: str) -> DiT:
         losses.mean().backward()
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
+        state.spent += tuning_cost(state.model.config, teacher.config, s.batch_size)
         return losses.detach()
 
-    common.go_on(run, take_step, tuning_cost(state.model.config, teacher.config, s.batch_size))
+    train.run_steps(run, take_step)
     return state.ema
 
 

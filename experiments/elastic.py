@@ -36,8 +36,8 @@ import flops
 import plot
 from data import Dataset
 from model import Config, DiT, read_profile
-from sample import Shares, guided, load_model
-from schedule import T, Profile, RankSchedule, sampling_timesteps
+from sample import guided, load_model
+from schedule import T, Profile, RankSchedule, Shares, sampling_timesteps
 from script import DEVICES, InputError, Parser, pick_device, positive_int, run_script, sha256_of
 
 TABLES = ("budgets", "profiles", "guide")
@@ -63,11 +63,11 @@ def scaled(shape, config: Config, steps: int, share: float) -> Profile:
         shares = (min(1.0, max(config.rho_min, factor * shape(t / T))) for t in visited)
         return tuple(zip(starts, shares))
 
-    budget = flops.sampling(config, steps, ranks=((1, share),))
+    budget = flops.sampling(config, steps, shares=Shares(((1, share),)))
     low, high = 0.0, 100.0
     for _ in range(50):
         middle = (low + high) / 2
-        fits = flops.sampling(config, steps, ranks=profile(middle)) <= budget
+        fits = flops.sampling(config, steps, shares=Shares(profile(middle))) <= budget
         low, high = (middle, high) if fits else (low, middle)
     return profile(low)
 
@@ -96,14 +96,13 @@ class JudgedOnce:
                 found.append(self.judge(*samples))
             self.known[key] = {name: [one[name] for one in found] for name in found[0]}
             plot.write_json(self.path, dict(of=self.of, known=self.known))
-        cost = flops.sampling(self.models[0].config, self.args.sampling_steps, guidance not in (0, 1), shares.ranks,
-                              shares.guide)
+        cost = flops.sampling(self.models[0].config, self.args.sampling_steps, guidance, shares)
         return self.known[key] | dict(cost=cost)
 
 
 def row_of(judged: JudgedOnce, guidances: list[float], shares: Shares, **first) -> dict:
     """A row of a table: what it is, its cost without guidance, and both measures at each guidance."""
-    row = first | dict(cost=flops.sampling(judged.models[0].config, judged.args.sampling_steps, ranks=shares.ranks))
+    row = first | dict(cost=flops.sampling(judged.models[0].config, judged.args.sampling_steps, shares=Shares(shares.ranks)))
     for w in guidances:
         found = judged(w, shares)
         row |= {f"{name}, w {w:g}": found[name] for name in ("frechet", "recognised")}
@@ -204,7 +203,7 @@ def main():
             ratios = time_of_guidance(models[0], first, below)
             for (g, ratio), w in itertools.product(zip(below, ratios), (1.5, 2.0, 3.0)):
                 found = judged(w, Shares(((1, first),), g))
-                full = flops.sampling(config, args.sampling_steps, True, ((1, first),))
+                full = flops.sampling(config, args.sampling_steps, 2.0, Shares(((1, first),)))
                 rows.append(dict(first=first, guide=g, w=w, cost=found["cost"], time=ratio,
                                  multiply_adds=found["cost"] / full, frechet=found["frechet"],
                                  recognised=found["recognised"]))

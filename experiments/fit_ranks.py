@@ -40,8 +40,8 @@ import train
 from data import Dataset, from_unit
 from lowrank import low_rank_layers
 from model import Config, DiT
-from sample import ImageNoise, Shares, ddim, load_model
-from schedule import T, Profile, add_noise, predicted_x_0_and_eps, sampling_timesteps, share_of
+from sample import ImageNoise, ddim, load_model
+from schedule import T, Profile, Shares, add_noise, predicted_x_0_and_eps, sampling_timesteps, share_of
 from script import (DEVICES, InputError, Parser, end_progress, pick_device, positive_int, run_script,
                     show_progress)
 

@@ -36,6 +36,7 @@ import flops
 import plot
 from common import GROUP_EDGES, GROUP_NAMES
 from model import METHODS, Config
+from sample import save_npz
 from schedule import T
 from script import Parser, flag, pick_device, positive_int, run_script, sha256_of
 from train import Settings
@@ -185,7 +186,7 @@ def main():
         if judge:
             classes = len(held_out.classes)
             samples = common.draw_samples(model, classes, args.num, args.sampling_steps, args.guidance)
-            common.write_samples(folder / "samples.npz", *samples)
+            save_npz(folder / "samples.npz", *samples)
             result["recognised"] = judge(*samples)["recognised"]
         return result
 

@@ -99,12 +99,13 @@ def train_on(folder: Path, flags: list[str], first: int, last: int) -> None:
     state.curriculum.base = uniform(T, first, last)
 
     def take_step(batch: train.Batch) -> torch.Tensor:
+        state.spent += run.masked_cost
         return train.train_step(state.model, state, batch, run.s, dtype=dtype)
 
     def keep_model() -> None:  # before the state: what a kill cuts off is done again
         save_model(folder / checkpoint(state.step), state.ema, run.dataset.classes, run.s.guidance, state.step)
 
-    common.go_on(run, take_step, run.masked_cost, keep_model)
+    train.run_steps(run, take_step, keep_model)
 
 
 # ----------------------------------------------------------------------------------------------------

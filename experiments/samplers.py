@@ -55,7 +55,7 @@ def main():
         for sampler in NAMES:
             steps = steps_for(sampler, n)
             samples = common.draw_samples(model, len(state["classes"]), args.num, steps, guidance, sampler=sampler)
-            cost = flops.sampling(model.config, steps, guidance not in (0, 1), sampler=sampler)
+            cost = flops.sampling(model.config, steps, guidance, sampler=sampler)
             rows.append(dict(passes=n, sampler=sampler, steps=steps, cost=cost, **judge(*samples)))
     print(f"{args.num} samples, guidance {guidance:g}")
     plot.print_table([row | {"cost": flops.amount(row["cost"])} for row in rows],

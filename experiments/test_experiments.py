@@ -624,7 +624,7 @@ def test_compare_script(few, tmp_path):
         found = json.loads((folder / f"measured-{name}.json").read_text())["result"]
         loss, by_group = common.held_out_loss(net, test, 5, share=share)
         assert (found["loss"], found["loss_by_group"], found["predict"]) == (loss, by_group, "v") and found["seconds"] > 0
-        shares = sample.Shares(((1, share),) if share else None)
+        shares = schedule.Shares(((1, share),) if share else None)
         images, labels = sample.draw_images(net, range(10), [*range(10)], steps=2, guidance=2.0, shares=shares)
         with np.load(folder / f"samples-{name}-w2.npz") as kept, torch.no_grad():
             assert np.array_equal(kept["arr_0"], images.permute(0, 2, 3, 1)) and np.array_equal(kept["labels"], labels)
@@ -634,7 +634,7 @@ def test_compare_script(few, tmp_path):
         sides = [side for x in (fake, real) for side in (x.mean(0), np.cov(x, rowvar=False))]
         assert found["frechet, w 2"] == pytest.approx(fid.frechet_distance(*sides), rel=1e-5)
         assert found["parameters"] == sum(p.numel() for p in net.parameters())
-        assert found["sampling"] == flops.sampling(net.config, 2, ranks=shares.ranks)
+        assert found["sampling"] == flops.sampling(net.config, 2, shares=shares)
         assert found["flops"] == curves.read_log(folder)[-1]["flops"]
     losses = [run["loss"] for run in rows["static", 0.25]["runs"]]
     assert f"{np.mean(losses):.5f} ± {np.std(losses, ddof=1):.5f}" in out and "| elastic-0.25 | static-0.25" in out
@@ -724,7 +724,7 @@ def test_a_fitted_profile_costs_no_more_than_the_constant_share():
     harm = np.outer(steps * np.arange(10, 0, -1.0), (1 - np.array(fit_ranks.measured_shares(0.1))) ** 2)  # more where it is clean
     for share in (0.5, 0.25, 0.12):
         profile, least = fit_ranks.fit(harm, config, groups, visited[:-1], share)
-        costs = [flops.sampling(config, 50, ranks=ranks) for ranks in (profile, ((1, share),))]
+        costs = [flops.sampling(config, 50, shares=schedule.Shares(ranks)) for ranks in (profile, ((1, share),))]
         assert 0.95 * costs[1] < costs[0] <= costs[1] and least <= fit_ranks.harm_of_constant(harm, config, share)
         shares = [s for _, s in profile]
         assert shares == sorted(shares, reverse=True) and shares[0] > shares[-1] >= config.rho_min
@@ -733,7 +733,7 @@ def test_a_fitted_profile_costs_no_more_than_the_constant_share():
         assert np.ptp([s for _, s in flat]) < 0.01
         for shape in elastic.SHAPES.values():
             profile = elastic.scaled(shape, config, 50, share)
-            assert flops.sampling(config, 50, ranks=profile) <= costs[1] and min(s for _, s in profile) >= config.rho_min
+            assert flops.sampling(config, 50, shares=schedule.Shares(profile)) <= costs[1] and min(s for _, s in profile) >= config.rho_min
     paper = elastic.scaled(elastic.SHAPES["paper"], config, 50, 0.5)
     phi = [schedule.RankSchedule().active(t, 1000) for t in visited[:-1][::-1]]
     assert np.corrcoef([s for _, s in paper], phi)[0, 1] > 0.999
@@ -788,8 +788,8 @@ def test_fit_and_judge_scripts(few, elastic_run, tmp_path):
     assert np.array(found["harm"]["rollout"])[:, -1].max() == 0 < np.array(found["harm"]["rollout"])[:, 0].min()
     for objective in fit_ranks.OBJECTIVES:
         profile = model.read_profile(str(tmp_path / "fit" / f"{objective}-0.25.json"))
-        cost = flops.sampling(opened(run)[0].config, 4, ranks=profile)
-        assert cost <= flops.sampling(opened(run)[0].config, 4, ranks=((1, 0.25),))
+        cost = flops.sampling(opened(run)[0].config, 4, shares=schedule.Shares(profile))
+        assert cost <= flops.sampling(opened(run)[0].config, 4, shares=schedule.Shares(((1, 0.25),)))
         scaled = model.read_profile(str(tmp_path / "fit" / f"{objective}-0.25.train.json"))
         largest = max(share for _, share in profile)
         assert scaled == tuple((t, pytest.approx(share / largest)) for t, share in profile)
@@ -802,7 +802,7 @@ def test_fit_and_judge_scripts(few, elastic_run, tmp_path):
     row = next(row for row in tables["budgets"] if row["share"] == 0.5)
     net, test = opened(run)[0], common.every_second(data.load(str(few[3])), 1)
     images, labels = sample.draw_images(net, range(4), [*range(10)], steps=2, guidance=2.0,
-                                        shares=sample.Shares(((1, 0.5),)))
+                                        shares=schedule.Shares(((1, 0.5),)))
     wanted = classifier.Judge(judge, test, CPU)(images, labels)
     assert row["frechet, w 2"] == pytest.approx(2 * [wanted["frechet"]]) and row["recognised, w 2"][0] == wanted["recognised"]
     guide = [row for row in tables["guide"] if row["first"] == 1.0 and row["w"] == 2.0]
@@ -1004,7 +1004,7 @@ def test_stopped_distillation_goes_on_to_the_same_bits(few, tmp_path, monkeypatc
     for change in (dict(lr=1e-3), dict(keep=0.4), dict(origin="another"), dict(seed=5)):
         with pytest.raises(script.InputError, match="other settings"):
             distil(teacher, few, tmp_path / "b", **change)
-    with pytest.raises(script.InputError, match="lower learning rate"):
+    with pytest.raises(script.InputError, match="lower learning rate: train.py"):
         distil(teacher, few, tmp_path / "c", lr=1e18)
 
 
