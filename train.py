@@ -52,8 +52,8 @@ class Settings:
     dataset: str = setting("shapes", f"{', '.join(DATASETS)}, or a folder, .zip or .npz", metavar="NAME|PATH")
     data_dir: str = setting("data", "where named datasets and decoded caches are kept", metavar="DIR")
     image_size: int | None = setting(None, "draw shapes (16), or crop and resize files, to this size", low=1)
-    model: str = setting("DiT-S/2", f"{', '.join(SIZES)} with /2, /4, /8, or tiny, the default for shapes",
-                         choices=PRESETS, metavar="NAME")
+    model: str = setting("DiT-S/2", f"{', '.join(SIZES)} with /2, /4, /8; small: photographs on a CPU; "
+                         "tiny: the default for shapes", choices=PRESETS, metavar="NAME")
     steps: int = setting(800_000, "optimiser steps", low=1)
     batch_size: int = setting(128, "images per step", low=1)
     lr: float = setting(1e-4, "base learning rate of AdamW; decays to zero by a cosine", above=0)
@@ -240,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
     net = torch.compile(state.model) if s.compile else state.model
     if processes.count > 1:  # averages the gradients; all weights are alike from the start
         net = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
-    slices = s.slices or (6 if s.model != "tiny" and device.type == "cpu" else 1)
+    slices = s.slices or (6 if s.model.startswith("DiT") and device.type == "cpu" else 1)
     mine = slice(processes.number, None, processes.count)  # by falling rank: as much work as the others'
 
     def take_step(batch: Batch) -> torch.Tensor:
