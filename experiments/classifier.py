@@ -243,6 +243,18 @@ class Judge:
                     recognised=(predicted == labels).double().mean().item())
 
 
+def trained_judge(args, held_out: Dataset, device: torch.device) -> Judge:
+    """The judge of a script that has common.py's flags, by the file args.classifier, which is trained on
+    args.dataset if it does not exist. Raises InputError."""
+    if not args.classifier.exists():
+        print(f"training the classifier {args.classifier}")
+        wanted = dict(dataset=args.dataset, data_dir=args.data_dir, image_size=args.image_size, device=args.device,
+                      out=args.classifier)
+        wanted |= dict(test=args.test) if args.test != args.dataset else {}
+        main(common.as_flags(wanted))
+    return Judge(args.classifier, held_out, device)
+
+
 def main(argv: list[str] | None = None):
     """argv: the command line, for scripts that need a classifier; default what was typed."""
     parser = Parser(description=__doc__)

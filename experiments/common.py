@@ -111,17 +111,23 @@ def add_repeat_flags(parser: Parser, seeds: int = 1, per_group: int = 2000) -> N
         f"five noise groups (default {per_group})")
 
 
-def add_sample_flags(parser: Parser, num: int, guidance: float, steps: int) -> None:
+def add_judge_flags(parser: Parser, num: int) -> None:
     add = parser.add_argument
-    add("--num", type=int, metavar="N", default=num, help="samples of each run to judge; 0: none. A Frechet "
-        f"distance is biased upwards, the more the fewer samples: compare equal numbers (default {num})")
-    add("--guidance", type=float, metavar="W", default=guidance, help=f"of the samples (default {guidance})")
-    add("--sampling-steps", type=positive_int, metavar="N", default=steps, help=f"of DDIM (default {steps})")
+    add("--num", type=int, metavar="N", default=num, help="samples of each run to judge; 0: none. A Frechet distance "
+        f"is biased upwards, the more the fewer samples: compare equal numbers (default {num})")
+    add("--guidances", default="1,2", metavar="W,...", help="of the samples (default 1,2)")
+    add("--sampling-steps", type=positive_int, metavar="N", default=50, help="of DDIM (default 50)")
+    add("--classifier", type=Path, metavar="FILE", help="of experiments/classifier.py, trained once where it does not "
+        "exist (default OUT/classifier.pt)")
 
 
-def check_sample_flags(args: Namespace) -> None:
-    if args.num < 0 or args.num == 1 or not math.isfinite(args.guidance) or args.sampling_steps > T:
-        raise InputError("--num takes 0, or at least 2; --guidance a finite number; --sampling-steps at most 1000")
+def settle_judge_flags(args: Namespace) -> None:
+    """Makes args.guidances numbers, and args.classifier a path, or None where nothing is judged. Raises InputError.
+    """
+    args.guidances = choose_numbers("--guidances", args.guidances)
+    if args.num < 0 or args.num == 1 or args.sampling_steps > T:
+        raise InputError(f"--num takes 0, or at least 2; --sampling-steps at most {T}")
+    args.classifier = (args.classifier or args.out / "classifier.pt") if args.num else None
 
 
 def parse_flags(parser: Parser, own: Iterable[str]) -> Namespace:

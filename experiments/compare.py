@@ -271,16 +271,9 @@ def read_command_line() -> Namespace:
     common.add_repeat_flags(parser, seeds=3)
     add("--only", metavar="NAME,...", help="train and measure these runs alone, such as static-0.25-s0")
     add("--report", action="store_true", help="train nothing: the table of what is finished")
-    add("--num", type=int, metavar="N", default=5000, help="samples of each run to judge; 0: none. A Frechet distance "
-        "is biased upwards, the more the fewer samples: compare equal numbers (default 5000)")
-    add("--guidances", default="1,2", metavar="W,...", help="of the samples (default 1,2)")
-    add("--sampling-steps", type=positive_int, metavar="N", default=50, help="of DDIM (default 50)")
-    add("--classifier", type=Path, metavar="FILE", help="of experiments/classifier.py, trained once where it does not "
-        "exist (default OUT/classifier.pt)")
+    common.add_judge_flags(parser, num=5000)
     args = common.parse_flags(parser, ("--method", "--keep", "--rank-profile", "--predict"))
-    args.guidances = common.choose_numbers("--guidances", args.guidances)
-    args.guidance = args.guidances[-1]
-    common.check_sample_flags(args)
+    common.settle_judge_flags(args)
     args.rows = common.choose("--rows", args.rows, ROWS)
     if "fitted" in args.rows and not args.fit:
         raise InputError("--rows fitted needs --fit DIR, the profiles that experiments/fit_ranks.py wrote")
@@ -301,8 +294,7 @@ def main():
         if one.row == "fitted":
             profiles[name] = sha256_of(one.flags["rank_profile"])
         own = dict(curriculum_groups=0, predict="v") | one.flags
-        flags[name] = common.run_flags(args, seed=one.seed, steps=args.steps, guidance=args.guidance, **own)
-    path = (args.classifier or args.out / "classifier.pt") if args.num else None
+        flags[name] = common.run_flags(args, seed=one.seed, steps=args.steps, guidance=args.guidances[-1], **own)
     depends = {key: getattr(args, key) for key in ("test", "per_group", "num", "sampling_steps", "guidances")}
 
     if not args.report:
@@ -313,14 +305,8 @@ def main():
                 raise InputError(f"--keeps {min(args.keeps):g}: elastic rows are sampled with that share of the "
                                  f"channels; they train none below {config.rho_min:g}")
         test = common.every_second(everything, 1)  # fit_ranks.py has seen the others
-        if path and not path.exists():
-            print(f"training the classifier {path}")
-            wanted = dict(dataset=args.dataset, data_dir=args.data_dir, image_size=args.image_size,
-                          device=args.device, out=path)
-            wanted |= dict(test=args.test) if args.test != args.dataset else {}
-            classifier.main(common.as_flags(wanted))
-        judge = classifier.Judge(path, test, device) if path else None
-    depends["classifier"] = sha256_of(path) if path and path.exists() else None
+        judge = classifier.trained_judge(args, test, device) if args.num else None
+    depends["classifier"] = sha256_of(args.classifier) if args.num and args.classifier.exists() else None
 
     def depends_of(one: Entry) -> dict:
         return depends | ({"profile": profiles[one.run]} if one.row == "fitted" else {})

@@ -212,7 +212,7 @@ def spearman(values: list[float]) -> float:
 def trend(rho: float, points: int = 5) -> str:
     """Five values in random order reach a correlation of +0.9 once in 24 times, so less is not called a trend."""
     if points < 5:
-        return "too few checkpoints"
+        return "too few points"
     return "appears" if rho > 0.899 else "the opposite appears" if rho < -0.899 else "does not appear"
 
 

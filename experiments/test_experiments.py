@@ -40,6 +40,7 @@ import model
 import neighbours
 import plot
 import rank_analysis
+import representation
 import sample
 import samplers
 import schedule
@@ -354,7 +355,7 @@ def test_claims_follow_the_figures():
     verdict = {c["claim"]: c for c in rank_analysis.claims(results)}["effective rank of gradients falls with t"]
     assert verdict["verdict"] == "does not appear" and "-0.60" in verdict["figures"]
     short = {key: value[:4] if isinstance(value, list) else value for key, value in ranks_as_the_paper().items()}
-    assert [c["verdict"] for c in rank_analysis.claims(short)].count("too few checkpoints") == 3
+    assert [c["verdict"] for c in rank_analysis.claims(short)].count("too few points") == 3
     ties = np.corrcoef([1, 2, 3, 4, 5], [3, 1.5, 4, 1.5, 5])[0, 1]  # they share their mean place
     assert rank_analysis.spearman([3, 1, 4, 1, 5]) == pytest.approx(ties)
     assert math.isnan(rank_analysis.spearman([2, 2, 2]))
@@ -396,6 +397,182 @@ def test_rank_analysis_script(few, tmp_path):
     refuses(rank_analysis, *flags, says="model_0000020.pt cannot be loaded")
     settings.write_bytes(b"{}")
     refuses(rank_analysis, *flags, says="config.json is not a run's settings")
+
+
+# ----------------------------------------------------------------------------------------------------
+# representation.py
+
+
+def two_images(t):
+    """The amplitudes at t, two images (2, 5), and x_t (40, 5) made from them."""
+    g, ab = torch.Generator().manual_seed(t), NOISE.alpha_bar[t].item()
+    alpha, sigma = ab**0.5, (1 - ab) ** 0.5
+    images = torch.randn(2, 5, dtype=torch.float64, generator=g)
+    return alpha, sigma, images, alpha * images.repeat(20, 1) + sigma * torch.randn(40, 5, dtype=torch.float64, generator=g)
+
+
+@pytest.mark.parametrize("t", [1, 400, 800, 1000])
+def test_posterior_of_two_images(t):
+    """The softmax mean against Bayes' rule with the density of a normal distribution, whatever the chunks."""
+    alpha, sigma, images, x_t = two_images(t)
+    density = torch.stack([torch.distributions.Normal(alpha * image, sigma).log_prob(x_t).sum(1) for image in images])
+    p = torch.sigmoid(density[1] - density[0])[:, None]  # of the second one
+    for chunk in (1, 2):
+        mean, variance = representation.posterior(x_t, images.float().double(), alpha, sigma, chunk)
+        assert torch.allclose(mean, (1 - p) * images[0] + p * images[1], atol=1e-6)
+        assert torch.allclose(variance, (p * (1 - p)).squeeze(1) * (images[1] - images[0]).square().sum(), atol=1e-5)
+    if t == 1:  # x_t names its image
+        assert torch.equal(mean, images.float().double().repeat(20, 1)) and not variance.any()
+
+
+def test_floors_of_the_targets():
+    """By the definition of each target, for every x_t: noise is the variance of y, signal and noise add up to E|y|^2
+    about its mean, the loss is the mean squared error over the posterior; and the floors of two targets are related as
+    at one x_t eps = (x_t - alpha x_0) / sigma says: eps error = alpha / sigma, v error = 1 / sigma, flow error = 1 +
+    alpha / sigma times that of x_0."""
+    for t in (20, 500, 900):
+        alpha, sigma, images, x_t = two_images(t)
+        mean, variance = representation.posterior(x_t, images, alpha, sigma)
+        centre, answer = images.mean(0).expand_as(x_t), torch.randn_like(x_t)
+        p = ((mean - images[0]) @ (images[1] - images[0]) / (images[1] - images[0]).square().sum()).clamp(0, 1)
+        p = torch.stack([1 - p, p])[..., None]  # (2, 40, 1)
+        eps = (x_t - alpha * images[:, None]) / sigma  # of each image, (2, 40, 5)
+        eps_answer = (x_t - alpha * answer) / sigma
+        targets = {"eps": (eps, eps_answer, 0 * centre), "x0": (images[:, None].expand_as(eps), answer, centre),
+                   "v": (alpha * eps - sigma * images[:, None], alpha * eps_answer - sigma * answer, -sigma * centre),
+                   "flow": (eps - images[:, None], eps_answer - answer, -centre)}
+        floors = {}
+        for target, (y, y_answer, known) in targets.items():
+            parts = representation.decompose(target, alpha, sigma, x_t, mean, variance, centre, answer)
+            y_mean = (p * y).sum(0)
+            assert parts["floor"] == pytest.approx((p * (y - y_mean).square()).sum(0).mean().item(), abs=1e-10)
+            assert parts["loss"] == pytest.approx((p * (y - y_answer).square()).sum(0).mean().item(), rel=1e-6)
+            total = (p * (y - known).square()).sum(0).mean().item()
+            assert parts["recoverable"] + parts["floor"] == pytest.approx(total, rel=1e-9)
+            floors[target] = parts["floor"]
+        for target, factor in (("eps", alpha / sigma), ("v", 1 / sigma), ("flow", 1 + alpha / sigma)):
+            assert floors[target] == pytest.approx(factor**2 * floors["x0"])
+
+
+class Bayes:
+    """Answers with E[v | x_t, class] over all `images`, as a model would."""
+
+    def __init__(self, images):
+        self.images, self.noise, self.config = images, NOISE, Namespace(predict="v", mean=(), std=())
+        self.active, self.position = lambda t: None, torch.zeros(1)
+
+    def __call__(self, x_t, t, y, active):
+        ab, answers = NOISE.alpha_bar[t[0]].item(), []
+        for x, label in zip(x_t.double().flatten(1), y):
+            same = data.to_unit(self.images.images[self.images.labels == label]).flatten(1)
+            mean, _ = representation.posterior(x[None], same, ab**0.5, (1 - ab) ** 0.5)
+            answers.append((ab**0.5 * x - mean) / (1 - ab) ** 0.5)
+        return torch.cat(answers).view_as(x_t)
+
+
+def test_the_bayes_predictor_reaches_the_floor():
+    """And no other; its spectra are those of E[x_0 | x_t]. The true x_0 and eps have effective ranks that are known."""
+    images = shapes(60)
+    index, t = torch.arange(30), torch.zeros(30, dtype=torch.int64)
+    net = Bayes(images)
+    seen, unseen = (common.noised_batch(net, found, index, t, range(30), 5) for found in (images, shapes(90)))
+    for level in (500, 960):
+        row = representation.measure_level(net, level, seen, unseen, images)
+        for target, parts in row["targets"].items():
+            assert parts["loss"] == pytest.approx(parts["floor"], rel=1e-4, abs=1e-12)
+        assert 0 < row["targets"]["x0"]["floor"] < 1
+        for what, truth in (("x0", seen.x_0), ("eps", seen.eps)):
+            rank = row[what]["rank"]
+            assert rank["model"] == pytest.approx(rank["bayes"], rel=1e-3)
+            assert rank["true"] == pytest.approx(rank_analysis.effective_rank(truth.flatten(1) - truth.flatten(1).mean(0)))
+            assert row[what]["spectrum"] == sorted(row[what]["spectrum"], reverse=True)
+            assert sum(row[what]["spectrum"]) == pytest.approx(1)
+        net.images = shapes(40)  # it has not seen them all
+        other = representation.measure_level(net, level, seen, unseen, images)["targets"]["v"]
+        assert other["loss"] > 1.01 * other["floor"] == pytest.approx(1.01 * row["targets"]["v"]["floor"])
+        net.images = images
+    square = torch.zeros(8, 3, 2, 2)  # a cloud with four equal principal directions around its mean
+    square.flatten(1)[torch.arange(8), torch.arange(8) // 2] = torch.tensor([1.0, -1.0]).repeat(4)
+    batch = train.Batch(square, seen.y[:8], square, t[:8])
+    net = Bayes(data.Dataset("eight", ((square + 1) * 127.5).round().to(torch.uint8), seen.y[:8], images.classes))
+    assert representation.measure_level(net, 500, batch, batch, net.images)["x0"]["rank"]["true"] == pytest.approx(4)
+
+
+@pytest.mark.parametrize("method", ["full", "iso-compute"])
+def test_tangent_kernel_is_the_product_of_jacobians(method):
+    """Every figure from explicit Jacobians of the whole output by all parameters."""
+    net, images, levels = awake(method=method, image_size=4, num_classes=3).eval(), shapes(6, 3), [30, 700, 950]
+    images = replace(images, images=images.images[..., :4, :4])
+    batch = common.noised_batch(net, images, torch.arange(3), torch.zeros(3, dtype=torch.int64), range(3), 2)
+    kernel = representation.tangent_kernel(net, batch, levels, 2, seed=8, say=lambda text: None)
+    u = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(8)).flatten(1) / 2**0.5
+    weights, rows = dict(net.named_parameters()), []
+    for t in levels:
+        ab = NOISE.alpha_bar[t].item()
+        x_t = (ab**0.5 * batch.x_0.double() + (1 - ab) ** 0.5 * batch.eps.double()).float()
+        for x, y in zip(x_t, batch.y):
+            answer = lambda values: torch.func.functional_call(net, values, (x[None], torch.tensor([t]), y[None])).flatten()
+            with sdpa_kernel(SDPBackend.MATH):
+                J = torch.func.jacrev(answer)(weights)
+            rows.append(u @ torch.cat([part.flatten(1) for part in J.values()], 1))  # (2, P)
+    J = torch.stack(rows).view(3, 6, -1).detach()  # level, sample and direction
+    cosine = lambda a, b: torch.nn.functional.cosine_similarity(a, b, dim=-1).mean().item()
+    for i, level in enumerate(kernel["levels"]):
+        theta = J[i] @ J[i].T / 3
+        assert level["eigenvalues"] == pytest.approx(torch.linalg.eigvalsh(theta).flip(0).tolist(), rel=1e-3)
+        assert level["rank"] == pytest.approx(rank_analysis.effective_rank(theta), rel=1e-4)
+        pairs = [(a, b) for a in range(3) for b in range(3) if a != b]
+        alike = [cosine(J[i, 2 * a:2 * a + 2], J[i, 2 * b:2 * b + 2]) for a, b in pairs]
+        assert level["alike"] == pytest.approx(np.mean(alike), abs=1e-4)
+        assert kernel["coupling"][i] == pytest.approx([cosine(J[i], J[j]) for j in range(3)], abs=1e-4)
+
+
+def test_claims_of_erd():
+    """Each in figures made so that it appears, and none in the opposite; what sets in late appears in one half."""
+    def measured(sign):
+        rise = [1 + sign * 0.1 * i for i in range(9)]
+        rows = [dict(t=100 * i + 50, targets={
+            target: dict(floor=2 * a, loss=2 * a + 1 / a, held_out=3, recoverable=(1 if sign < 0 else 0.1))
+            for target in representation.TARGETS}) | {
+                what: dict(rank=dict(model=9 / a, bayes=9 / a, true=9), spectrum=[1]) for what in ("x0", "eps")}
+            for i, a in enumerate(rise)]
+        near = np.full((9, 9), 0.5 if sign > 0 else 0.0)
+        return rows, dict(coupling=near.tolist(), levels=[dict(eigenvalues=[1 / a], rank=1 / a, alike=a) for a in rise])
+
+    rows, kernel = measured(1)
+    found = representation.claims(rows, kernel)
+    assert [verdict for _, verdict, _ in found] == ["appears"] * 12
+    opposite = [verdict for _, verdict, _ in representation.claims(*measured(-1))]
+    assert opposite.count("the opposite appears") == 5 and opposite[-4] == "does not appear"
+    for level, rank in zip(kernel["levels"], [1, 2, 3, 4, 5, 4, 3, 2, 1]):
+        level["rank"] = rank
+    claim, verdict, figures = representation.claims(rows, kernel)[-2]
+    assert "Fig. 11" in claim and verdict == "appears in the noisier half" and "from t 450 on -1.00" in figures
+    assert representation.phase(dict(recoverable=3, floor=1, held_out=1.75)) == [(3**0.5, 1), (1.5, 1.75**0.5)]
+
+
+def test_representation_script(few, elastic_run, tmp_path):
+    """Of a run's own images, mirrored where training mirrors; of the first --train-images alone when asked."""
+    run, _ = elastic_run
+    flags = ["--run", run, *few[2:4], "--samples", 6, "--ntk-samples", 2, "--directions", 2, "--levels", "20,990,500"]
+    out = runs(representation, *flags, "--out", tmp_path)
+    assert "floor is that of 80 images, mirrored ones among them, of the class" in out and "left" in out
+    results = results_in(tmp_path)
+    assert [row["t"] for row in results["levels"]] == [20, 500, 990] and np.shape(results["ntk"]["coupling"]) == (3, 3)
+    assert len(results["claims"]) == 12 and "Fig. 4b" in out and "TOO FEW POINTS" in out
+    assert len(results["ntk"]["levels"][0]["eigenvalues"]) == 4 and results["predict"] == "v"
+    net, test = opened(run)[0], data.load(str(few[3]))
+    index = torch.randint(40, (6,), generator=torch.Generator().manual_seed(0))
+    losses = common.denoising_losses(net, test, index, torch.full((6,), 500))  # the script's held-out images and noise
+    assert results["levels"][1]["targets"]["eps"]["held_out"] == pytest.approx(losses.mean().item(), rel=1e-4)
+    assert "that of 20 images" in runs(representation, *flags, "--train-images", 10)
+    assert (run / "representation" / "figure.png").exists()
+    for odd, says in ((["--levels", "5"], "--levels"), (["--levels", "5,7.5"], "--levels"), (["--samples", 1], "--samples"),
+                      (["--levels", "0,5"], "--levels"), (["--seed", -1], "--seed"), (["--run", tmp_path], "model.pt"),
+                      (["--dataset", tmp_path / "none"], "no dataset"), (["--train-images", 0], "at least 1")):
+        refuses(representation, *flags, *odd, "--out", tmp_path / "new", says=says)
+    refuses(representation, *flags[:2], says="--test")
+    assert not (tmp_path / "new").exists()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -497,14 +674,34 @@ def test_every_trend_of_the_paper_is_found_where_it_is(as_published):
     assert ablations.judge({"sampling": results["sampling"]})[0]["verdict"] == "run more steps"
 
 
-def test_losses_over_multiply_adds():
-    """In the middle of each stretch of the log; groups are weighed as uniform t draws them."""
+@pytest.mark.parametrize("noise", schedule.NOISES)
+def test_losses_over_multiply_adds(noise):
+    """In the middle of each stretch of the log; groups, those of the noise schedule, weigh as uniform t draws them."""
     log = [{"step": 5 * i, "flops": 10 * i, "loss_by_group": [i, 1, 1, None, 2]} for i in range(1, 5)]
-    assert np.isnan(neighbours.curve(log, points=2)[1]).all()
+    assert np.isnan(neighbours.curve(log, noise, points=2)[1]).all()
     log[3]["loss_by_group"][3] = 7
-    spent, losses = neighbours.curve(log, points=2)
+    spent, losses = neighbours.curve(log, noise, points=2)
     assert spent.tolist() == [10, 30] and math.isnan(losses[0])
-    assert losses[1] == pytest.approx((33 * 3.5 + 325 + 542 + 90 * 7 + 10 * 2) / 1000)
+    starts = [1, 34, 359, 901, 991] if noise == "cosine" else train.loss_groups("linear")
+    a, b, c, d, e = np.diff([*starts, 1001])
+    assert losses[1] == pytest.approx((a * 3.5 + b + c + d * 7 + e * 2) / 1000)
+    assert train.loss_groups("linear") != train.loss_groups("cosine")
+
+
+def test_the_best_cells_and_what_they_are_compared_with():
+    """By their first run; plain is not counted, and comes with each target. Runs are paired by seed as far as they go."""
+    race = lambda **losses: {name: [dict(loss=x)] for name, x in losses.items()}
+    results = {"eps": race(plain=1, erd=7, stratified=5, slices=2), "v": race(plain=3, erd=1, stratified=9, slices=8)}
+    assert neighbours.best_cells(results, 2, "loss") == [
+        ("eps", "plain"), ("eps", "stratified"), ("eps", "slices"), ("v", "plain"), ("v", "erd")]
+    results["v"]["plain"].append(dict(loss=4))
+    assert neighbours.paired(results["v"], "erd", "loss") == ((1,), (3,))
+    results["v"]["erd"].append(dict(loss=2))
+    assert neighbours.paired(results["v"], "erd", "loss") == ((1, 2), (3, 4))
+    mean, half = -(2 / 3 + 1 / 2) / 2, scipy.stats.t.ppf(0.975, 1) * (2 / 3 - 1 / 2) / 2
+    said = neighbours.in_words("v", "erd", {name: [run | dict(steps=5) for run in runs]
+                                            for name, runs in results["v"].items()}, ["loss"])
+    assert said == f"v, erd (5 steps) against plain (5): loss {100 * mean:+.1f} % ± {100 * half:.1f} (within the spread)"
 
 
 @pytest.mark.parametrize("name", ["plain", "curriculum", "slices"])
@@ -520,15 +717,17 @@ def test_equal_multiply_adds(name):
 
 
 def test_neighbours_script(few, tmp_path):
-    """Everyone spends what plain spends. Slices are compared with stratified draws alone, all others with plain."""
+    """Everyone spends what plain spends, whatever it predicts. Slices are compared with stratified draws alone, all
+    others with plain. Finished runs are found again, and only the best are repeated."""
     judge, file = classifier.Classifier(10, 8, 4), tmp_path / "judge.pt"
     judge.head.bias.data[3] = 1e6  # sees class 3 everywhere
     torch.save(dict(config=dict(num_classes=10, image_size=8, width=4), classes=[str(i) for i in range(10)],
                     dataset="few", accuracy=0.1, n_test=1, model=judge.state_dict()), file)
-    command = [*few, "--log-every", 1, "--steps", 20, "--per-group", 8, "--predict", "eps", "--num", 14,
-               "--sampling-steps", 2, "--only"]
-    out = runs(neighbours, *command, "erd,speed,curriculum,slices", "--out", tmp_path / "n", "--classifier", file)
-    race = {name: found[0] for name, found in results_in(tmp_path / "n")["methods"]["iso-compute"].items()}
+    command = [*few, "--log-every", 1, "--steps", 20, "--per-group", 8, "--num", 14, "--guidances", "1,3",
+               "--sampling-steps", 2, "--classifier", file, "--only"]
+    first = [*command, "erd,speed,curriculum,slices", "--predicts", "eps", "--out", tmp_path / "n"]
+    out = runs(neighbours, *first)
+    race = {name: found[0] for name, found in results_in(tmp_path / "n")["targets"]["eps"].items()}
     assert list(race) == ["plain", "erd", "speed", "stratified", "curriculum", "slices"]
     nets, s = ({name: opened(tmp_path / "n" / run["run"])[i] for name, run in race.items()} for i in (0, 1))
     budget = flops.training_run(nets["plain"].config, 20, 4)
@@ -536,27 +735,40 @@ def test_neighbours_script(few, tmp_path):
     assert race["curriculum"]["steps"] > 20 < race["slices"]["steps"] and race["stratified"]["steps"] == 20
     for run in race.values():
         assert run["expected"] == pytest.approx(budget, rel=0.03) and run["flops"] == pytest.approx(budget, rel=0.06)
-        assert run["recognised"] == 2 / 14  # images 3 and 13 of 14 are asked to be of class 3
+        assert run["recognised, w 1"] == run["recognised, w 3"] == 2 / 14  # images 3 and 13 are asked to be of class 3
     assert (s["speed"].weighting, s["speed"].timesteps, s["erd"].weighting) == ("speed", "speed", "erd")
     assert (s["erd"].curriculum_groups, s["curriculum"].curriculum_groups, s["slices"].slices) == (0, 10, 6)
     assert dict(vars(s["slices"]).items() - vars(s["stratified"]).items()).keys() == {"slices", "steps"}
-    assert {net.config.predict for net in nets.values()} == {"eps"} and "The models predict eps." in out
+    assert {net.config.predict for net in nets.values()} == {"eps"}
     assert race["slices"]["loss"] == held_out_loss(nets["slices"], few, 8)[0]
+    images, labels = sample.draw_images(nets["erd"], range(14), [*range(10)], steps=2, guidance=3.0)
+    judged = classifier.Judge(file, data.load(str(few[3])), CPU)(images, labels)
+    assert race["erd"]["frechet, w 3"] == pytest.approx(judged["frechet"], rel=1e-4)
     for name, reference in (("erd", "plain"), ("slices", "stratified")):
-        change = 100 * (race[name]["loss"] / race[reference]["loss"] - 1)
-        assert f"{name} ({race[name]['steps']} steps) against {reference} (20): in all {change:+.1f} %" in out
+        change, moved = (100 * (race[name][key] / race[reference][key] - 1) for key in ("loss", "frechet, w 1"))
+        assert (f"eps, {name} ({race[name]['steps']} steps) against {reference} (20): loss {change:+.1f} %; frechet, w 1 "
+                f"{moved:+.1f} %") in out
         assert out.count(f" {name} (") == 1 and "one seed" in out
-    # without a rank schedule there is nothing to slice by
-    runs(neighbours, *command, "slices", "--method", "full", "--out", tmp_path / "f", "--seeds", 2)
-    assert list(results_in(tmp_path / "f")["methods"]["full"]) == ["plain", "stratified"]
+    again = runs(neighbours, *first, "--only", "erd", "--predicts", "eps,x0", "--seeds", 2, "--best", 1)
+    results = results_in(tmp_path / "n")["targets"]
+    assert {name: found[0] for name, found in results["eps"].items()} == {name: race[name] for name in ("plain", "erd")}
+    assert again.count("multiply-adds a step of 4") == 4  # trained in this call: plain and erd for x0, for the best again
+    twice = [(predict, name) for predict, cells in results.items() for name, found in cells.items() if len(found) == 2]
+    assert twice == neighbours.best_cells(results, 1, "frechet, w 3") and len(twice) == again.count("seed 1: ") == 2
+    # without a rank schedule there is nothing to slice by, and all cost the same
+    out = runs(neighbours, *command, "slices,clts", "--method", "full", "--out", tmp_path / "f", "--predicts", "v", "--noise",
+               "linear", "--num", 0)
+    found = results_in(tmp_path / "f")["targets"]["v"]
+    assert {name: found[name][0]["steps"] for name in found} == dict(plain=20, clts=20, stratified=20)
+    assert "slices are left out" in out and "frechet" not in out
 
 
 def test_a_script_runs_on_shapes(tmp_path, monkeypatch):
     draw = data.draw_shapes  # once failed for less than an image a class
     monkeypatch.setattr(data, "draw_shapes", lambda n, *more: draw(n, *more) if n >= 10 else 1 / 0)
     out = runs(neighbours, "--dataset", "shapes", "--image-size", 8, "--batch-size", 4, "--device", "cpu", "--steps", 4,
-               "--per-group", 5, "--only", "erd", "--out", tmp_path)
-    assert "erd (4 steps) against plain (4)" in out and "note: --test" not in out
+               "--per-group", 5, "--only", "erd", "--predicts", "v", "--num", 0, "--out", tmp_path)
+    assert "v, erd (4 steps) against plain (4)" in out and "note: --test" not in out
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1053,7 +1265,8 @@ REFUSED = [  # scripts, flags in which ODD is a folder, words of the answer
     (EVERY[1:3], "--sampling-steps 1001", "1000"), (EVERY[1:3], "--guidance inf", "--guidance"),
     (EVERY[1:3], "--classifier ODD/nothing.pt", "nothing.pt is not a classifier"),
     (EVERY[1:3], "--classifier ODD/fewer.pt", "fewer.pt is of other classes"),
-    ([neighbours], "--classifier ODD/none.pt", "no classifier"), ([compare], "--only full-s7", "elastic-s2"),
+    ([neighbours], "--predicts u", "x0"), ([neighbours], "--predict v", "--predict"),
+    ([neighbours], "--best 0", "--best"), ([compare], "--only full-s7", "elastic-s2"),
     ([compare], "--report", "no finished run"), ([compress], "--keep 0", "--keep"),
     ([compress], "--tune-lr -1", "--tune-lr"), ([compress], "--teacher ODD", "config.json"),
     ([compress], "--teacher ODD --seeds 2", "--seeds"), ([rank_analysis], "--steps 45", "multiple"),
