@@ -42,14 +42,14 @@ TASKS = {
         ("negative", "positive"),
         ("is this review positive or negative ?", "say whether the writer likes the film",
          "find the sentiment of the sentence", "is the feeling good or bad ?",
-         "tell if the critic praises or hates the movie", "judge the tone of this review"),
+         "tell if the critic likes or hates the movie", "judge the tone of this review"),
         ("does the critic like the movie ?", "is the sentiment of the writer good or bad ?",
          "tell whether this is praise", "is it a positive or a negative sentence ?")),
     "Subj": Task(
         ("opinion", "plot"),
-        ("is this sentence an opinion or a fact ?", "say whether the text tells the story or judges it",
+        ("is this sentence an opinion or a fact ?", "say whether the text tells a story or gives a view",
          "find out if the sentence is subjective", "is this about the plot or what someone thinks ?",
-         "tell opinions from facts", "does the sentence describe events or a view ?"),
+         "tell an opinion from a fact", "does the sentence describe events or a view ?"),
         ("is this a fact or what someone thinks ?", "is the text subjective ?",
          "tell if the sentence describes the story", "find out if this is an opinion")),
     "TREC": Task(

@@ -131,11 +131,16 @@ class TextDiffusion(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for weight in (self.embedding.weight, self.position):
-            nn.init.normal_(weight, std=0.02)
+        nn.init.normal_(self.embedding.weight, std=0.02)  # as output; as input `embed` makes it larger
+        nn.init.normal_(self.position, std=0.1)
+        self.time_out.weight *= 0.1  # or t would drown the words, and the model learn nothing but their frequencies
         for block in self.blocks:  # the residual stream starts nearly as the embedding
             block.out.weight *= 0.3
             block.mlp_out.weight *= 0.3
+
+    def embed(self, x):
+        """Words (B, N) -> (B, N, D), of about the size of what the blocks add to them"""
+        return self.embedding(x) * self.config.width**0.5
 
     def time(self, t: torch.Tensor) -> torch.Tensor:
         """Emb(t): (B, D)"""
@@ -149,7 +154,7 @@ class TextDiffusion(nn.Module):
         return self.norm(h)
 
     def hidden(self, x_t, t):
-        return self.transform(self.embedding(x_t), t, x_t != PAD)  # (B, N, D)
+        return self.transform(self.embed(x_t), t, x_t != PAD)  # (B, N, D)
 
     def logits(self, h):
         """Final hidden states (..., D) -> logits (..., words - 2) of the vocabulary from [unknown] on"""
@@ -231,6 +236,34 @@ def generate(model, sentences: Sentences, n: int, seed: int) -> torch.Tensor:
 # Pretraining
 
 
+def neighbour_embeddings(ids: torch.Tensor, words: int, width: int, window: int = 5) -> torch.Tensor:
+    """Embeddings in which words are alike that stand beside the same words: the singular vectors of the matrix of
+    positive pointwise mutual information, log n_ij n / (n_i n_j), of words at most `window` apart (Levy et al.
+    2015, with their exponent 0.75). ids (N, L), padded -> (words, width), each of length 0.02 sqrt(width).
+
+    A base that is trained for minutes would spend most of them to find this out."""
+    pairs = []
+    for apart in range(1, min(window, ids.shape[1] - 1) + 1):
+        left, right = ids[:, :-apart].flatten(), ids[:, apart:].flatten()
+        both = (left != PAD) & (right != PAD)
+        pairs += [torch.stack([left[both], right[both]]), torch.stack([right[both], left[both]])]
+    embeddings = 0.004 * torch.randn(words, width)
+    if pairs and pairs[0].numel():
+        pairs = torch.cat(pairs, 1)  # (2, pairs)
+        counted = torch.sparse_coo_tensor(pairs, torch.ones(pairs.shape[1]), (words, words),
+                                          check_invariants=False).coalesce()
+        (i, j), n = counted.indices(), counted.values()
+        n_i = torch.bincount(i, n, words)
+        n_j = n_i**0.75
+        mutual = (n * n_j.sum() / (n_i[i] * n_j[j])).log().clamp(min=0)
+        matrix = torch.sparse_coo_tensor(torch.stack([i, j]), mutual, (words, words), check_invariants=False)
+        U, S, _ = torch.svd_lowrank(matrix, min(width, words))
+        found = U * S.sqrt()
+        embeddings[:, :found.shape[1]] += found / found.norm(dim=1, keepdim=True).clamp(min=1e-3)
+        embeddings *= 0.02 * width**0.5 / embeddings.norm(dim=1, keepdim=True)
+    return embeddings
+
+
 def pretraining_batch(train: Sentences, batches: list[torch.Tensor], seed: int, step: int):
     """x_0, x_t and t of a step. `batches` are those of its epoch; the noise depends on seed and step alone."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -267,6 +300,8 @@ def pretrain(folder: Path, vocabulary: Vocabulary, train: Sentences, dev: Senten
         if state["optimizer"]:
             optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
+    else:
+        model.embedding.weight.data.copy_(neighbour_embeddings(train.ids, config.words, config.width))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(vocabulary):,} words; "
           f"{len(train.length):,} sentences, {train.length.sum():,} tokens")
 
