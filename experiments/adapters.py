@@ -25,7 +25,7 @@ from lowrank import Active, LowRankLinear, masked_channels
 from schedule import RankSchedule
 from script import InputError, read_checkpoint, write_then_rename
 from text import LONGEST, MASK, PAD
-from text_diffusion import Block, T, TextDiffusion
+from text_diffusion import Block, T, TextDiffusion, distance_bias
 
 # ----------------------------------------------------------------------------------------------------
 # LoRA-Diffusion: phases
@@ -72,8 +72,9 @@ class InstructionEncoder(nn.Module):
     def forward(self, words, there):
         """words (B, N, D), embedded; there: bool (B, N), False for padding"""
         h = words + self.position[:words.shape[1]]
+        bias = distance_bias(self.blocks[0].heads, h.shape[1])
         for block in self.blocks:
-            h = block(h, there)  # (B, N, D)
+            h = block(h, there, bias)  # (B, N, D)
         there = there[:, :, None].to(h.dtype)
         return (self.norm(h) * there).sum(1) / there.sum(1)  # (B, D)
 

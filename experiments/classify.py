@@ -132,7 +132,8 @@ def generate_labels(model: Adapted, sentences: Sentences, c: torch.Tensor, seed:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             logits = model.logits(label_states(model, sentences, index, when[index], c))
         cumulative = logits.float().softmax(1).cumsum(1)  # drawn by its own uniform number: not by the batch
-        token[index] = (cumulative < choice[index, None] * cumulative[:, -1:]).sum(1) + 2
+        place = (cumulative < choice[index, None] * cumulative[:, -1:]).sum(1)
+        token[index] = place + 2 + (place >= model.words - 2)  # words from [unknown]; the separator is never drawn
     return token
 
 

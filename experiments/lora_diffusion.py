@@ -77,7 +77,7 @@ class Settings:
     heads: int = setting(4, "attention heads of the base", low=1, high=64)
     base_steps: int = setting(4000, "of pretraining", low=1)
     base_tokens: int = setting(1024, "of a batch in pretraining, padding included", low=64)
-    base_lr: float = setting(2e-3, "highest learning rate of pretraining", above=0, high=1)
+    base_lr: float = setting(1e-3, "highest learning rate of pretraining", above=0, high=1)
     save_every: int = setting(500, "steps of pretraining between two saves, each with samples and validation", low=1)
 
 

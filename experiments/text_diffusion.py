@@ -86,6 +86,20 @@ def time_features(t: torch.Tensor, width: int) -> torch.Tensor:
     return torch.cat([angle.cos(), angle.sin()], 1)
 
 
+def distance_bias(heads: int, tokens: int) -> torch.Tensor:
+    """What is added to the attention of token i on token j: float32 (heads, N, N). The first head sees all places
+    alike; the others mind the distance, -|i - j| times a slope, as in ALiBi (Press et al. 2022), in turns to the
+    left, to the right and to both sides. A base of minutes has no time to learn where its neighbours are."""
+    apart = torch.arange(tokens)[None] - torch.arange(tokens)[:, None]  # (N, N): j - i
+    bias = torch.zeros(heads, tokens, tokens)
+    for head in range(1, heads):
+        side = (head - 1) % 3
+        bias[head] = -apart.abs() * (1.0, 1.0, 0.5)[side]
+        if side < 2:
+            bias[head] -= 4.0 * ((apart > 0) if side == 0 else (apart < 0))  # the other side, faintly
+    return bias
+
+
 class Block(nn.Module):
     """Attention and MLP behind a LayerNorm each. The layers take `active` and hand it on (lowrank.py): adapters
     put others into their places, whose rank may depend on t."""
@@ -97,15 +111,15 @@ class Block(nn.Module):
         self.q, self.k, self.v, self.out = (Linear(width, width) for _ in range(4))
         self.mlp_in, self.mlp_out = Linear(width, 4 * width), Linear(4 * width, width)
 
-    def forward(self, x, there, active=None):
-        """x (B, N, D); there: bool (B, N), False for padding"""
+    def forward(self, x, there, bias, active=None):
+        """x (B, N, D); there: bool (B, N), False for padding; bias (heads, N, N), from `distance_bias`"""
         B, N, D = x.shape
         h = self.norm_1(x)
         q, k, v = (layer(h, active).view(B, -1, self.heads, D // self.heads).transpose(1, 2)
                    for layer in (self.q, self.k, self.v))  # (B, heads, N, D/heads)
         # prefix tuning puts keys and values before those of the sentence
-        there = F.pad(there, (k.shape[2] - N, 0), value=True)[:, None, None]  # (B, 1, 1, prefix + N)
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=there)  # (B, heads, N, D/heads)
+        mask = F.pad(bias.masked_fill(~there[:, None, None], -math.inf), (k.shape[2] - N, 0))  # (B, heads, N, prefix + N)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype))  # (B, heads, N, D/heads)
         x = x + self.out(h.transpose(1, 2).reshape(B, N, D), active)
         return x + self.mlp_out(F.gelu(self.mlp_in(self.norm_2(x), active)), active)  # (B, N, D)
 
@@ -149,8 +163,9 @@ class TextDiffusion(nn.Module):
     def transform(self, h, t, there, active=None):
         """What the blocks make of embedded tokens h (B, N, D) at t (B,): the final hidden states, (B, N, D)"""
         h = h + self.position[:h.shape[1]] + self.time(t)[:, None]
+        bias = distance_bias(self.config.heads, h.shape[1])
         for block in self.blocks:
-            h = block(h, there, active)
+            h = block(h, there, bias, active)
         return self.norm(h)
 
     def hidden(self, x_t, t):
@@ -196,10 +211,15 @@ def validation_elbo(model, sentences: Sentences, seed: int = 0, repeats: int = 1
     return total / (repeats * sentences.length.sum().item())
 
 
-def unigram_nats(train: Sentences, judged: Sentences, words: int) -> float:
-    """Nats per token of a model that knows how frequent each word is (each counted once more), and no more."""
+def unigram_log_probabilities(train: Sentences, words: int) -> torch.Tensor:
+    """How frequent each word from [unknown] on is, each counted once more: float64 (words - 2,)"""
     count = torch.bincount(train.ids[train.ids != PAD], minlength=words).double()[2:] + 1
-    return -(count / count.sum()).log()[judged.ids[judged.ids != PAD] - 2].mean().item()
+    return (count / count.sum()).log()
+
+
+def unigram_nats(train: Sentences, judged: Sentences, words: int) -> float:
+    """Nats per token of a model that knows how frequent each word is, and no more."""
+    return -unigram_log_probabilities(train, words)[judged.ids[judged.ids != PAD] - 2].mean().item()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -300,8 +320,9 @@ def pretrain(folder: Path, vocabulary: Vocabulary, train: Sentences, dev: Senten
         if state["optimizer"]:
             optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
-    else:
+    else:  # what counting can tell need not be learned
         model.embedding.weight.data.copy_(neighbour_embeddings(train.ids, config.words, config.width))
+        model.output_bias.data.copy_(unigram_log_probabilities(train, config.words))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(vocabulary):,} words; "
           f"{len(train.length):,} sentences, {train.length.sum():,} tokens")
 
