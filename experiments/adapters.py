@@ -33,15 +33,15 @@ from text_diffusion import Block, T, TextDiffusion, distance_bias
 EARLY, MIDDLE, LATE = 0, 1, 2  # early in sampling: much noise
 
 
-def phase(t: torch.Tensor) -> torch.Tensor:
-    """early t > 2T/3, middle T/3 < t <= 2T/3, late t <= T/3; section 3.3"""
-    return (3 * t <= 2 * T).long() + (3 * t <= T).long()
+def phase(t: torch.Tensor, steps: int = T) -> torch.Tensor:
+    """early t > 2T/3, middle T/3 < t <= 2T/3, late t <= T/3; section 3.3. steps: T"""
+    return (3 * t <= 2 * steps).long() + (3 * t <= steps).long()
 
 
 class Trajectory(NamedTuple):
     """What g is made of. Ranks and sigma: early, middle, late. The paper's ranks 64 / 32 / 8 are those of width
     768; ours scale with the width (`ranks_at`). condition: what c is, `instruction` (as printed), `sentence`, too
-    (the instruction and then the sentence), or `none` (gamma = 1, beta = 0)."""
+    (the instruction and then the sentence), `none` (gamma = 1, beta = 0), or `given`: e(c) comes from elsewhere."""
     ranks: tuple[int, int, int]
     sigma: tuple[float, float, float] = (1.0, 0.5, 0.25)
     modules: int = 2
@@ -107,22 +107,22 @@ def zeros_linear(n: int, m: int) -> nn.Linear:
 
 
 class TrajectoryAdapter(nn.Module):
-    """sigma(t) sum_i g_i: three banks of modules, one for each phase."""
+    """sigma(t) sum_i g_i: three banks of modules, one for each phase of the T = `steps` steps."""
 
-    def __init__(self, config: Trajectory, width: int, heads: int):
+    def __init__(self, config: Trajectory, width: int, heads: int, steps: int = T):
         super().__init__()
-        self.config = config
+        self.config, self.steps = config, steps
         conditional = config.condition != "none"
         self.banks = nn.ModuleList(
             nn.ModuleList(Module(width, rank, conditional, config.beta) for _ in range(config.modules))
             for rank in config.ranks)
-        self.encoder = InstructionEncoder(width, heads) if conditional else None
+        self.encoder = InstructionEncoder(width, heads) if config.condition in ("instruction", "sentence") else None
 
     def forward(self, h, t, time, e):
         """delta_t of Eq. (2): h (B, N, D), t (B,), time = Emb(t) (B, D), e (B, D), (1, D) or None -> (B, N, D)"""
         delta = torch.zeros_like(h)
         for number, (bank, sigma) in enumerate(zip(self.banks, self.config.sigma)):
-            rows = (phase(t) == number).nonzero()[:, 0]
+            rows = (phase(t, self.steps) == number).nonzero()[:, 0]
             if len(rows):
                 e_rows = e if e is None or len(e) == 1 else e[rows]
                 g = sum(module(h[rows], time[rows], e_rows) for module in bank)
@@ -133,7 +133,7 @@ class TrajectoryAdapter(nn.Module):
         """The part of delta_t that does not depend on h, and that no rank bounds: sigma(t) sum_i beta_i(c), (B, D)"""
         by_phase = torch.stack([sigma * sum(m.beta(e) if m.beta is not None else torch.zeros_like(e) for m in bank)
                                 for bank, sigma in zip(self.banks, self.config.sigma)])  # (3, 1 or B, D)
-        return by_phase.expand(-1, len(t), -1)[phase(t), torch.arange(len(t))]
+        return by_phase.expand(-1, len(t), -1)[phase(t, self.steps), torch.arange(len(t))]
 
     def penalty(self):
         """lambda_rank R_rank + lambda_orth R_orth, over all banks: Eq. (5)"""

@@ -61,7 +61,7 @@ OTHER_RATES = (1e-3, 3e-3, 1e-2)
 class Settings:
     """What the flags say"""
     seeds: int = setting(5, "repeat each run of the table with seeds 0 to N-1", low=1, high=100)
-    steps: int = setting(400, "of fine-tuning", low=1)
+    steps: int = setting(500, "of fine-tuning", low=1)
     batch_size: int = setting(128, "sentences drawn a step; about half have a masked label, and those are computed",
                               low=1)
     tune_steps: int = setting(150, "of each run that only compares learning rates", low=1)
