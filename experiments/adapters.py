@@ -1,13 +1,14 @@
-"""Ways to adapt a frozen masked diffusion language model to a task: LoRA-Diffusion, and what it is compared with.
+"""Ways to adapt a frozen masked diffusion language model to a task: LoRA-Diffusion, and its baselines.
 
 LoRA-Diffusion (Khazrak and Green 2026) leaves all layers alone and corrects the final hidden states by
 
     h'_t = h_t + sigma(t) sum_i g_i(h_t, t, c)                                                Eq. (2), (3)
     g_i  = W_A (gamma(c) * relu(W_B [h_t; Emb(t)])) + beta(c)                                 Eq. (4)
 
-with modules of their own for each of three phases of t. Weight LoRA, bottleneck adapters and prefixes are layers
-that take the place of layers of the base. Every method has in addition a few rows of its own: the embedding of the
-separator, and embedding and output of the task's labels. Read text_diffusion.py before, lora_diffusion.py after.
+with modules of their own for each of three phases of t. Weight LoRA, bottleneck adapters and prefixes are
+layers that take the place of layers of the base. Every method has in addition a few rows of its own: the
+embedding of the separator, and embedding and output of the task's labels. Read text_diffusion.py before,
+lora_diffusion.py after.
 """
 
 import copy
@@ -39,9 +40,10 @@ def phase(t: torch.Tensor, steps: int = T) -> torch.Tensor:
 
 
 class Trajectory(NamedTuple):
-    """What g is made of. Ranks and sigma: early, middle, late. The paper's ranks 64 / 32 / 8 are those of width
-    768; ours scale with the width (`ranks_at`). condition: what c is, `instruction` (as printed), `sentence`, too
-    (the instruction and then the sentence), `none` (gamma = 1, beta = 0), or `given`: e(c) comes from elsewhere."""
+    """What g is made of. Ranks and sigma: early, middle, late. The paper's ranks 64 / 32 / 8 are those of
+    width 768; ours scale with the width (`ranks_at`). condition: what c is, `instruction` (as printed),
+    `sentence`, too (the instruction and then the sentence), `none` (gamma = 1, beta = 0), or `given`: e(c)
+    comes from elsewhere."""
     ranks: tuple[int, int, int]
     sigma: tuple[float, float, float] = (1.0, 0.5, 0.25)
     modules: int = 2
@@ -60,8 +62,9 @@ def ranks_at(width: int, ranks=(64, 32, 8)) -> tuple[int, ...]:
 
 
 class InstructionEncoder(nn.Module):
-    """Two transformer layers over the base's embeddings of words, then their mean: e(c), (B, D). The paper's has
-    37.8 M parameters, about an embedding table of BERT's and two layers; ours borrows the base's table, frozen."""
+    """Two transformer layers over the base's embeddings of words, then their mean: e(c), (B, D). The paper's
+    has 37.8 M parameters, about an embedding table of BERT's and two layers; ours borrows the base's table,
+    frozen."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -116,10 +119,12 @@ class TrajectoryAdapter(nn.Module):
         self.banks = nn.ModuleList(
             nn.ModuleList(Module(width, rank, conditional, config.beta) for _ in range(config.modules))
             for rank in config.ranks)
-        self.encoder = InstructionEncoder(width, heads) if config.condition in ("instruction", "sentence") else None
+        reads = config.condition in ("instruction", "sentence")
+        self.encoder = InstructionEncoder(width, heads) if reads else None
 
     def forward(self, h, t, time, e):
-        """delta_t of Eq. (2): h (B, N, D), t (B,), time = Emb(t) (B, D), e (B, D), (1, D) or None -> (B, N, D)"""
+        """delta_t of Eq. (2), (B, N, D): h (B, N, D), t (B,), time = Emb(t) (B, D), e (B, D), (1, D) or
+        None"""
         delta = torch.zeros_like(h)
         for number, (bank, sigma) in enumerate(zip(self.banks, self.config.sigma)):
             rows = (phase(t, self.steps) == number).nonzero()[:, 0]
@@ -130,9 +135,11 @@ class TrajectoryAdapter(nn.Module):
         return delta
 
     def shift(self, t, e):
-        """The part of delta_t that does not depend on h, and that no rank bounds: sigma(t) sum_i beta_i(c), (B, D)"""
-        by_phase = torch.stack([sigma * sum(m.beta(e) if m.beta is not None else torch.zeros_like(e) for m in bank)
-                                for bank, sigma in zip(self.banks, self.config.sigma)])  # (3, 1 or B, D)
+        """The part of delta_t that does not depend on h, and that no rank bounds: sigma(t) sum_i beta_i(c),
+        (B, D)"""
+        by_phase = torch.stack([
+            sigma * sum(torch.zeros_like(e) if m.beta is None else m.beta(e) for m in bank)
+            for bank, sigma in zip(self.banks, self.config.sigma)])  # (3, 1 or B, D)
         return by_phase.expand(-1, len(t), -1)[phase(t, self.steps), torch.arange(len(t))]
 
     def penalty(self):
@@ -147,9 +154,10 @@ class TrajectoryAdapter(nn.Module):
 
 
 class _NuclearNorm(torch.autograd.Function):
-    """The sum of the singular values s of W = P s Q^T. Its gradient is P Q^T, over the s that are not zero: where
-    W has too low a rank this is the smallest subgradient, and a matrix of zeros (W_A at the start) feels none.
-    From the eigenvalues of the small W W^T in float64, several times faster than the decomposition of W."""
+    """The sum of the singular values s of W = P s Q^T. Its gradient is P Q^T, over the s that are not zero:
+    where W has too low a rank this is the smallest subgradient, and a matrix of zeros (W_A at the start)
+    feels none. From the eigenvalues of the small W W^T in float64, several times faster than the
+    decomposition of W."""
 
     @staticmethod
     def forward(ctx, W):
@@ -173,7 +181,8 @@ def nuclear_norm(W: torch.Tensor) -> torch.Tensor:
 
 def overlap(W_As: list[torch.Tensor]) -> torch.Tensor | float:
     """sum over i != j of ||W_A(i)^T W_A(j)||_F^2, Eq. (7); both orders of a pair count"""
-    return sum(((a.t() @ b).square().sum() for i, a in enumerate(W_As) for j, b in enumerate(W_As) if i != j), 0.0)
+    return sum(((a.t() @ b).square().sum() for i, a in enumerate(W_As) for j, b in enumerate(W_As) if i != j),
+               0.0)
 
 
 def effective_rank(delta: torch.Tensor) -> float:
@@ -240,7 +249,8 @@ class WithPrefix(nn.Module):
 # ----------------------------------------------------------------------------------------------------
 # The adapted model
 
-# T-LoRA: fewer channels at more noise, from all at t = 0 to half of them at t = T. schedule.py counts 1,000 steps.
+# T-LoRA: fewer channels at more noise, from all at t = 0 to half of them at t = T. schedule.py counts 1,000
+# steps.
 T_LORA = RankSchedule("linear", rho_min=0.5, warm_start=0.0)
 # The shares of LoRA-Diffusion's ranks in its phases, for adapters that are otherwise plain
 PHASES = RankSchedule(((1, 8 / 64), (340, 32 / 64), (670, 1.0)))
@@ -251,12 +261,12 @@ TRAJECTORIES = {  # LoRA-Diffusion and its variants, ranks those of width 768
     "LoRA-Diffusion without beta": Trajectory((64, 32, 8), beta=False),
     "LoRA-Diffusion without instruction": Trajectory((64, 32, 8), condition="none"),
 }
-METHODS = ("full fine-tuning", *TRAJECTORIES, "weight LoRA", "T-LoRA", "adapters", "adapters in phases", "BitFit",
-           "prefix tuning", "head only")
+METHODS = ("full fine-tuning", *TRAJECTORIES, "weight LoRA", "T-LoRA", "adapters", "adapters in phases",
+           "BitFit", "prefix tuning", "head only")
 
 
 class Adapted(nn.Module):
-    """The base, frozen but for full fine-tuning and BitFit, what a method puts into it, and the task's own rows.
+    """The base, frozen but for full fine-tuning and BitFit, what a method adds, and the task's own rows.
 
     Tokens from `words` on are the task's: first the separator, then its labels."""
 
@@ -266,7 +276,8 @@ class Adapted(nn.Module):
         self.method, self.words, self.labels = method, base.config.words, labels
         self.base = copy.deepcopy(base).requires_grad_(method == "full fine-tuning")
         d, heads = base.config.width, base.config.heads
-        self.own_embedding = nn.Parameter(torch.empty(1 + labels, d).normal_(std=0.02 * d**0.5))  # as words are
+        # as large as words are
+        self.own_embedding = nn.Parameter(torch.empty(1 + labels, d).normal_(std=0.02 * d**0.5))
         # A label's embedding is read where it is unmasked, that is where there is no loss: it stays as it is,
         # for the final states of a reverse diffusion to differ by. It is counted all the same.
         self.own_output = nn.Parameter(torch.empty(labels, d).normal_(std=0.02))
@@ -307,8 +318,8 @@ class Adapted(nn.Module):
         return self.base.transform(h, t, x_t != PAD, self.active(t))
 
     def encode_instruction(self, c, x_t):
-        """e(c), (1, D) or (B, D). c: ids of the instruction (L,). With condition `sentence`, the words of x_t come
-        after it; a mask or a token of the task is no word."""
+        """e(c), (1, D) or (B, D). c: ids of the instruction (L,). With condition `sentence`, the words of x_t
+        come after it; a mask or a token of the task is no word."""
         encoder = self.trajectory.encoder
         if encoder is None:
             return None
@@ -385,6 +396,6 @@ def load_task(path: Path, base: TextDiffusion) -> Adapted:
             raise KeyError("weights")
         model.load_state_dict(state["weights"], strict=False)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise InputError(f"{path} is not a task's file for this base ({type(error).__name__}); delete it to train "
-                         "it again") from None
+        raise InputError(f"{path} is not a task's file for this base ({type(error).__name__}); "
+                         "delete it to train it again") from None
     return model.eval()

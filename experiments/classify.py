@@ -1,8 +1,8 @@
 """Classification by a masked diffusion language model: sentence, separator, one label token.
 
-In fine-tuning t is uniform and masks the label with probability 1 - alpha_t, while the sentence stays clean. The
-accuracy is read at t = T, where the label is masked for certain: which of the task's labels is the most probable?
-Read adapters.py before, lora_diffusion.py after.
+In fine-tuning t is uniform and masks the label with probability 1 - alpha_t, while the sentence stays clean.
+The accuracy is read at t = T, where the label is masked for certain: which of the task's labels is the most
+probable? Read adapters.py before, lora_diffusion.py after.
 """
 
 import math
@@ -52,15 +52,15 @@ def label_states(model: Adapted, sentences: Sentences, index: torch.Tensor, t: t
 class Tuning(NamedTuple):
     lr: float
     steps: int
-    batch_size: int = 64  # sentences drawn; those whose label is not masked have no loss, and are not computed
+    batch_size: int = 64  # sentences drawn; where the label is not masked, there is no loss
     seed: int = 0
     dtype: torch.dtype = torch.float32
 
 
 def label_loss(model: Adapted, train: Sentences, index: torch.Tensor, c: torch.Tensor,
                generator: torch.Generator) -> torch.Tensor:
-    """L_denoise, Eq. (5), of a batch: cross-entropy of the masked labels over words and labels, divided by the
-    number of all its sentences. Where the label survived there is nothing to predict."""
+    """L_denoise, Eq. (5), of a batch: cross-entropy of the masked labels over words and labels, divided by
+    the number of all its sentences. Where the label survived there is nothing to predict."""
     t = stratified_t(len(index), generator)
     masked = torch.rand(len(index), generator=generator, dtype=torch.float64) >= ALPHA[t]
     index, t, drawn = index[masked], t[masked], len(index)
@@ -70,9 +70,9 @@ def label_loss(model: Adapted, train: Sentences, index: torch.Tensor, c: torch.T
     return F.cross_entropy(logits, model.words - 2 + train.label[index], reduction="sum") / drawn
 
 
-def finetune(base: TextDiffusion, labels: int, method: str, instructions: list[torch.Tensor], train: Sentences,
-             tuning: Tuning, trajectory: Trajectory | None = None, until: float = math.inf) -> tuple[Adapted, dict]:
-    """The adapted model, and {seconds a step, the loss's last mean}. Raises InputError if the loss diverges."""
+def finetune(base: TextDiffusion, labels: int, method: str, instructions: list[torch.Tensor],
+             train: Sentences, tuning: Tuning, trajectory: Trajectory | None = None) -> tuple[Adapted, dict]:
+    """The adapted model; seconds a step and the loss at the end. Raises InputError if the loss diverges."""
     torch.manual_seed(tuning.seed)
     model = adapt(base, labels, method, trajectory)
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -121,11 +121,14 @@ def read_labels(model: Adapted, sentences: Sentences, c: torch.Tensor, dtype=tor
 def generate_labels(model: Adapted, sentences: Sentences, c: torch.Tensor, seed: int, dtype=torch.float32):
     """Full reverse diffusion of the label from t = T: a token of words and labels, int64 (N,).
 
-    Each step from t to t - 1 unmasks it with probability (alpha_{t-1} - alpha_t) / (1 - alpha_t) and then draws it
-    from the model's distribution at that t. Until then nothing changes, so the model is asked once a sentence."""
+    Each step from t to t - 1 unmasks it with probability (alpha_{t-1} - alpha_t) / (1 - alpha_t) and then
+    draws it from the model's distribution at that t. Until then nothing changes, so the model is asked once a
+    sentence."""
     generator = torch.Generator().manual_seed(seed)
-    u = torch.rand(len(sentences.length), T, generator=generator, dtype=torch.float64)  # column j: the step from T - j
-    when = T - (u < UNMASKED[1:].flip(0)).int().argmax(1)  # the first step that unmasks; the last one always does
+    # column j: the step from T - j
+    u = torch.rand(len(sentences.length), T, generator=generator, dtype=torch.float64)
+    # the first step that unmasks; the last one always does
+    when = T - (u < UNMASKED[1:].flip(0)).int().argmax(1)
     choice = torch.rand(len(sentences.length), generator=generator, dtype=torch.float64)
     token = torch.empty_like(sentences.length)
     for index in in_batches(sentences):
@@ -133,17 +136,21 @@ def generate_labels(model: Adapted, sentences: Sentences, c: torch.Tensor, seed:
             logits = model.logits(label_states(model, sentences, index, when[index], c))
         cumulative = logits.float().softmax(1).cumsum(1)  # drawn by its own uniform number: not by the batch
         place = (cumulative < choice[index, None] * cumulative[:, -1:]).sum(1)
-        token[index] = place + 2 + (place >= model.words - 2)  # words from [unknown]; the separator is never drawn
+        # words from [unknown]; the separator is never drawn
+        token[index] = place + 2 + (place >= model.words - 2)
     return token
 
 
 @torch.no_grad()
-def final_states(model: Adapted, sentences: Sentences, c: torch.Tensor, token: torch.Tensor, dtype=torch.float32):
-    """The hidden state of the label's place at t = 1, where the reverse diffusion has put `token`: float32 (N, D)"""
+def final_states(model: Adapted, sentences: Sentences, c: torch.Tensor, token: torch.Tensor,
+                 dtype=torch.float32):
+    """The hidden state of the label's place at t = 1, where the reverse diffusion has put `token`: float32
+    (N, D)"""
     states = torch.empty(len(token), model.base.config.width)
     for index in in_batches(sentences):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            states[index] = label_states(model, sentences, index, torch.ones_like(index), c, token[index]).float()
+            states[index] = label_states(model, sentences, index, torch.ones_like(index), c,
+                                         token[index]).float()
     return states
 
 
@@ -167,8 +174,9 @@ def fit_head(states: torch.Tensor, label: torch.Tensor, labels: int) -> nn.Linea
 def paper_accuracy(accuracy: float) -> float:
     """The share of three masked tokens, "[CLS] label [SEP]", that are predicted, if two of them never change.
 
-    Always saying "positive" on SST-2's development set, right in 444 of 872, this is (2 + 444/872) / 3 = 83.64 %:
-    the paper prints 83.81 for full fine-tuning, 83.71 for LoRA, 83.63 for adapters and 83.72 for BitFit."""
+    Always saying "positive" on SST-2's development set, right in 444 of 872, this is (2 + 444/872) / 3 =
+    83.64 %: the paper prints 83.81 for full fine-tuning, 83.71 for LoRA, 83.63 for adapters and 83.72 for
+    BitFit."""
     return (2 + accuracy) / 3
 
 
@@ -181,9 +189,10 @@ def accuracy(found: torch.Tensor, label: torch.Tensor) -> float:
 
 
 def general_elbo(model: Adapted, c: torch.Tensor, sentences: Sentences, dtype=torch.float32) -> float:
-    """Nats per token of text without labels, with the adapter in place: what was forgotten, beside the base's. Over
-    words alone: who writes text leaves a task's labels out."""
-    as_language_model = SimpleNamespace(hidden=lambda x_t, t: model.hidden(x_t, t, c), logits=model.base.logits)
+    """Nats per token of text without labels, with the adapter in place: what was forgotten, beside the
+    base's. Over words alone: who writes text leaves a task's labels out."""
+    as_language_model = SimpleNamespace(hidden=lambda x_t, t: model.hidden(x_t, t, c),
+                                        logits=model.base.logits)
     return validation_elbo(as_language_model, sentences, dtype=dtype)
 
 
@@ -197,8 +206,8 @@ def measure(model: Adapted, c: torch.Tensor, train: Sentences, judged: Sentences
     states = final_states(model, some, c, generate_labels(model, some, c, seed, dtype), dtype)
     head = fit_head(states, some.label, model.labels)
     by_head = head(final_states(model, judged, c, token, dtype)).argmax(1)
-    result = dict(accuracy=accuracy(found, judged.label), generated=accuracy(token - model.words - 1, judged.label),
-                  head=accuracy(by_head, judged.label),
+    result = dict(accuracy=accuracy(found, judged.label), head=accuracy(by_head, judged.label),
+                  generated=accuracy(token - model.words - 1, judged.label),
                   train_accuracy=accuracy(read_labels(model, some, c, dtype), some.label),
                   general_elbo=general_elbo(model, c, general, dtype))
     if model.trajectory:
@@ -208,11 +217,12 @@ def measure(model: Adapted, c: torch.Tensor, train: Sentences, judged: Sentences
 
 @torch.no_grad()
 def corrections(model: Adapted, sentences: Sentences, c: torch.Tensor, every: int = 10) -> dict:
-    """Of delta_t at the label's place, for t = every, 2 every, ... T: effective rank, also about its mean, its
-    size beside h_t's, and which share of its square is beta's, that no rank bounds."""
+    """Of delta_t at the label's place, for t = every, 2 every, ... T: effective rank, also about its mean,
+    its size beside h_t's, and which share of its square is beta's, that no rank bounds."""
     index = torch.arange(len(sentences.length))[:128]
     index = index[sentences.length[index].argsort()]
-    rows, found = torch.arange(len(index)), dict(t=[], effective_rank=[], centred_rank=[], size=[], beta_share=[])
+    rows = torch.arange(len(index))
+    found = dict(t=[], effective_rank=[], centred_rank=[], size=[], beta_share=[])
     for step in range(every, T + 1, every):
         t, x = torch.full_like(index, step), with_label(model, sentences, index, MASK)
         h = model.base_hidden(x, t)[rows, sentences.length[index] + 1]  # (B, D)

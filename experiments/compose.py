@@ -1,9 +1,10 @@
-"""Composition of tasks: adapters that were trained apart, used together. LoRA-Diffusion Eq. (8) and section 4.5.
+"""Composition of tasks: adapters that were trained apart, used together. LoRA-Diffusion Eq. (8), 4.5.
 
     h'_t = h_t + sum_j w_j sigma(t) sum_i g_i^(j)(h_t, t, c),   w = softmax(Router(Enc(c)))
 
 c is the task's instruction. What is not of the trajectory, the separator's embedding, is composed by the same
-weights, so that with w = (1, 0, 0) the first task's model is there again, exactly. Read lora_diffusion.py before.
+weights, so that with w = (1, 0, 0) the first task's model is there again, exactly. Read lora_diffusion.py
+before.
 """
 
 import copy
@@ -34,8 +35,8 @@ def encode(base: TextDiffusion, instruction: torch.Tensor) -> torch.Tensor:
 
 def train_router(base: TextDiffusion, instructions: dict[str, list], unseen: dict[str, list], seed: int,
                  steps: int = 200) -> tuple[nn.Module, float]:
-    """A two-layer MLP with 512 hidden units on Enc(c), trained on the paraphrases that the adapters were trained
-    with; and the share of unseen paraphrases whose task it finds."""
+    """A two-layer MLP with 512 hidden units on Enc(c), trained on the paraphrases that the adapters were
+    trained with; and the share of unseen paraphrases whose task it finds."""
     torch.manual_seed(seed)
     d = base.config.width
     router = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 512), nn.ReLU(), nn.Linear(512, len(TASKS)))
@@ -47,7 +48,8 @@ def train_router(base: TextDiffusion, instructions: dict[str, list], unseen: dic
         F.cross_entropy(router(x), y).backward()
         optimizer.step()
     router.eval().requires_grad_(False)
-    right = [weights(base, router, c).argmax().item() == j for j, task in enumerate(TASKS) for c in unseen[task]]
+    right = [weights(base, router, c).argmax().item() == j
+             for j, task in enumerate(TASKS) for c in unseen[task]]
     return router, float(np.mean(right))
 
 
@@ -62,8 +64,8 @@ def weights(base: TextDiffusion, router: nn.Module, instruction: torch.Tensor) -
 
 
 @torch.no_grad()
-def read_composed(models: dict[str, Adapted], w: torch.Tensor, c: torch.Tensor, task: str, sentences: Sentences,
-                  dtype: torch.dtype) -> torch.Tensor:
+def read_composed(models: dict[str, Adapted], w: torch.Tensor, c: torch.Tensor, task: str,
+                  sentences: Sentences, dtype: torch.dtype) -> torch.Tensor:
     """The most probable label of `task` at t = T, under Eq. (8): int64 (N,)"""
     found, first = torch.empty_like(sentences.length), models[task]
     for index in in_batches(sentences):
@@ -73,15 +75,16 @@ def read_composed(models: dict[str, Adapted], w: torch.Tensor, c: torch.Tensor, 
             embedded = first.embed(x)  # (B, L + 2, D)
             embedded[rows, length] = sum(share * m.own_embedding[0] for share, m in zip(w, models.values()))
             h = first.base.transform(embedded, t, x != PAD)[rows, length + 1]  # (B, D)
-            h = h + sum(share * m.correction(h[:, None], x, t, c)[:, 0] for share, m in zip(w, models.values()))
+            h = h + sum(share * m.correction(h[:, None], x, t, c)[:, 0]
+                        for share, m in zip(w, models.values()))
             found[index] = first.label_logits(h).argmax(1)
     return found
 
 
 @torch.no_grad()
 def task_arithmetic(models: dict[str, Adapted], task: str, scale: float) -> Adapted:
-    """Weight LoRA's changes of all tasks, summed and scaled: W + scale sum_j U_j V_j^T (Ilharco et al. 2023); the
-    separator's embedding is their mean, the output that of `task`."""
+    """Weight LoRA's changes of all tasks, summed and scaled: W + scale sum_j U_j V_j^T (Ilharco et al. 2023);
+    the separator's embedding is their mean, the output that of `task`."""
     model = copy.deepcopy(models[task])
     for name, layer in model.named_modules():
         if isinstance(layer, LoRALinear):
@@ -97,10 +100,10 @@ def task_arithmetic(models: dict[str, Adapted], task: str, scale: float) -> Adap
 
 
 def judge(base: TextDiffusion, ours: dict[str, Adapted], lora: dict[str, Adapted], router: nn.Module,
-          dev: dict[str, Sentences], instructions: dict[str, list], unseen: dict[str, list], both: torch.Tensor,
-          dtype: torch.dtype) -> dict:
-    """Accuracies on the development sets, by task and way of composing; the router reads a paraphrase that it has
-    not seen. `both`: the instruction that asks for sentiment and subjectivity at once."""
+          dev: dict[str, Sentences], instructions: dict[str, list], unseen: dict[str, list],
+          both: torch.Tensor, dtype: torch.dtype) -> dict:
+    """Accuracies on the development sets, by task and way of composing; the router reads a paraphrase that it
+    has not seen. `both`: the instruction that asks for sentiment and subjectivity at once."""
     even = torch.full((len(TASKS),), 1 / len(TASKS))
     table = {}
     for j, task in enumerate(TASKS):
@@ -116,14 +119,16 @@ def judge(base: TextDiffusion, ours: dict[str, Adapted], lora: dict[str, Adapted
             "weight LoRA, single": accuracy(read_labels(lora[task], dev[task], c, dtype), label),
             "task arithmetic": accuracy(
                 read_labels(task_arithmetic(lora, task, 1 / len(TASKS)), dev[task], c, dtype), label),
-            "task arithmetic, sum": accuracy(read_labels(task_arithmetic(lora, task, 1.0), dev[task], c, dtype), label),
+            "task arithmetic, sum": accuracy(
+                read_labels(task_arithmetic(lora, task, 1.0), dev[task], c, dtype), label),
         }
 
-    # One model, one instruction, two answers: the sentiment of SST-2's sentences (of reviews: opinions, all of
-    # them, or nearly), and whether Subj's sentences are opinions
+    # One model, one instruction, two answers: the sentiment of SST-2's sentences (of reviews: opinions, all
+    # of them, or nearly), and whether Subj's sentences are opinions
     w = weights(base, router, both)
     pair = torch.tensor([0.5, 0.5, 0.0])
-    named = {"router": w, "half and half": pair, "SST-2 alone": torch.eye(3)[0], "Subj alone": torch.eye(3)[1]}
+    named = {"router": w, "half and half": pair, "SST-2 alone": torch.eye(3)[0],
+             "Subj alone": torch.eye(3)[1]}
     two = {}
     for name, share in named.items():
         sentiment = read_composed(ours, share, both, "SST-2", dev["SST-2"], dtype) == dev["SST-2"].label
@@ -138,7 +143,8 @@ def judge(base: TextDiffusion, ours: dict[str, Adapted], lora: dict[str, Adapted
 def show(found: list[dict]) -> list:
     """Prints the means over seeds; gives a heat map of them. found: what `judge` says, for each seed."""
     names = list(found[0]["table"]["SST-2"])
-    cells = {task: {name: [100 * one["table"][task][name] for one in found] for name in names} for task in TASKS}
+    cells = {task: {name: [100 * one["table"][task][name] for one in found] for name in names}
+             for task in TASKS}
     print(f"\nComposition, development sets, %; {len(found)} seeds; the router finds the task of "
           f"{np.mean([one['router_unseen'] for one in found]):.0%} of the paraphrases that it has not seen\n")
     plot.print_table([dict(way=name) | {task: spread(cells[task][name]) for task in TASKS} for name in names],

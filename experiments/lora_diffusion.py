@@ -1,23 +1,24 @@
-"""LoRA-Diffusion, done right: trajectory adapters on a frozen diffusion language model, against honest baselines.
+"""LoRA-Diffusion, done right: trajectory adapters on a frozen diffusion language model, and baselines.
 
-    python experiments/lora_diffusion.py pretrain    the base, a masked diffusion language model, without labels
-    python experiments/lora_diffusion.py table       every method on SST-2: learning rates tuned, then --seeds runs
-    python experiments/lora_diffusion.py costs       parameters, bytes a task, time a step, latency, side by side
-    python experiments/lora_diffusion.py ablations   ranks, modules, regularisers, sigma, size of the training set
-    python experiments/lora_diffusion.py compose     three tasks: router, average, task arithmetic, two instructions
-    python experiments/lora_diffusion.py report      tables, pictures and results.json from what is finished
+    python experiments/lora_diffusion.py pretrain   the base, a masked diffusion language model
+    python experiments/lora_diffusion.py table      every method on SST-2, each at its own best learning rate
+    python experiments/lora_diffusion.py costs      parameters, bytes a task, time a step, latency
+    python experiments/lora_diffusion.py ablations  ranks, modules, regularisers, training-set size
+    python experiments/lora_diffusion.py compose    three tasks: router, average, task arithmetic
+    python experiments/lora_diffusion.py report     tables, pictures and results.json of what is there
 
-Each step takes --text DIR, the folder of the three tasks, and --out DIR. The paper (Khazrak and Green 2026) adds
-low-rank corrections to the hidden states of a frozen model, other ones in each of three phases of t. Here they meet
-full fine-tuning, weight LoRA, T-LoRA, adapters, BitFit and prefix tuning on one base, with one prompt and one
-number of steps, each at the best of three learning rates, chosen on a held-out part of the training set.
+Each step takes --text DIR, the folder of the three tasks, and --out DIR. The paper (Khazrak and Green 2026)
+adds low-rank corrections to the hidden states of a frozen model, other ones in each of three phases of t.
+Here they meet full fine-tuning, weight LoRA, T-LoRA, adapters, BitFit and prefix tuning on one base, with one
+prompt and one number of steps, each at the best of three learning rates, chosen on a held-out part of the
+training set.
 
---text holds SST-2/, Subj/ and TREC/, each with train.tsv and dev.tsv, which begin with the line sentence<TAB>label:
-SST-2 is GLUE's (67,349 and 872), Subj is Pang and Lee's subjectivity dataset (we hold 1,000 out), TREC is Li and
-Roth's, with six classes (5,452 and 500). Lower case, words separated by blanks.
+--text holds SST-2/, Subj/ and TREC/, each with train.tsv and dev.tsv, which begin with the line
+sentence<TAB>label: SST-2 is GLUE's (67,349 and 872), Subj is Pang and Lee's subjectivity dataset (we hold
+1,000 out), TREC is Li and Roth's, with six classes (5,452 and 500). Lower case, words separated by blanks.
 
-Every run is kept as a small file in OUT/runs and never done twice: a stopped step goes on where it was, the base
-with the same weights, bit for bit. Read text.py, text_diffusion.py, adapters.py and classify.py before.
+Every run is kept as a small file in OUT/runs and never done twice: a stopped step goes on where it was, the
+base with the same weights, bit for bit. Read text.py, text_diffusion.py, adapters.py and classify.py before.
 """
 
 import hashlib
@@ -43,8 +44,8 @@ import text
 import text_diffusion
 from adapters import METHODS, TRAJECTORIES, Adapted, Trajectory, adapt, load_task, parameter_counts, save_task
 from classify import Tuning, finetune, measure
-from script import (DTYPES, InputError, Parser, add_flags, check_fields, claim_folder, duration, pick_dtype, run_script,
-                    setting, sha256_of)
+from script import (DTYPES, InputError, Parser, add_flags, check_fields, claim_folder, duration, pick_dtype,
+                    run_script, setting, sha256_of)
 from text import TASKS, Sentences, Vocabulary
 from text_diffusion import CPU, T, TextDiffusion
 
@@ -62,15 +63,16 @@ class Settings:
     """What the flags say"""
     seeds: int = setting(5, "repeat each run of the table with seeds 0 to N-1", low=1, high=100)
     steps: int = setting(500, "of fine-tuning", low=1)
-    batch_size: int = setting(128, "sentences drawn a step; about half have a masked label, and those are computed",
-                              low=1)
+    batch_size: int = setting(128, "sentences drawn a step; about half have a masked label, and only those "
+                              "are computed", low=1)
     tune_steps: int = setting(150, "of each run that only compares learning rates", low=1)
     held_out: int = setting(1000, "training sentences that are held out to choose a learning rate by", low=1)
     ablation_seeds: int = setting(3, "repeat each ablation with seeds 0 to N-1", low=1, high=100)
     ablation_sentences: int = setting(10_000, "training sentences of each ablation", low=1)
     ablation_steps: int = setting(200, "of fine-tuning in each ablation", low=1)
-    dtype: str | None = setting(None, "of matrix products; bfloat16 halves the time on a CPU that has instructions "
-                                "for it, and is rounded more coarsely (default float32)", choices=DTYPES)
+    dtype: str | None = setting(None, "of matrix products; bfloat16 halves the time on a CPU that has "
+                                "instructions for it, and is rounded more coarsely (default float32)",
+                                choices=DTYPES)
     threads: int = setting(1, "of the CPU", low=1, high=1024)
     width: int = setting(192, "of the base", low=8, high=4096)
     depth: int = setting(4, "blocks of the base", low=1, high=100)
@@ -78,21 +80,23 @@ class Settings:
     base_steps: int = setting(4000, "of pretraining", low=1)
     base_tokens: int = setting(1024, "of a batch in pretraining, padding included", low=64)
     base_lr: float = setting(1e-3, "highest learning rate of pretraining", above=0, high=1)
-    save_every: int = setting(500, "steps of pretraining between two saves, each with samples and validation", low=1)
+    save_every: int = setting(500, "steps of pretraining between two saves, each with samples and validation",
+                              low=1)
 
 
 def read_command_line(argv: list[str] | None) -> tuple[Namespace, Settings]:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("step", choices=STEPS, metavar="STEP", help=", ".join(STEPS))
-    add("--text", type=Path, metavar="DIR", default=Path("data/text"), help="folder with SST-2, Subj and TREC "
-        "(default data/text)")
-    add("--out", type=Path, metavar="DIR", default=Path("runs/lora-diffusion"), help="folder of everything (default "
-        "runs/lora-diffusion)")
+    add("--text", type=Path, metavar="DIR", default=Path("data/text"),
+        help="folder with SST-2, Subj and TREC (default data/text)")
+    add("--out", type=Path, metavar="DIR", default=Path("runs/lora-diffusion"),
+        help="folder of everything (default runs/lora-diffusion)")
     add("--only", metavar="NAMES", help=f"methods of the table, separated by semicolons: {'; '.join(MAIN)}")
     add_flags(parser, Settings)
     args = parser.parse_args(argv)
-    given = {name: getattr(args, name) for name in Settings.__dataclass_fields__ if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in Settings.__dataclass_fields__
+             if getattr(args, name) is not None}
     settings = Settings(**given)
     check_fields(settings)
     if settings.width % settings.heads or settings.width % 2:
@@ -100,7 +104,8 @@ def read_command_line(argv: list[str] | None) -> tuple[Namespace, Settings]:
     args.only = args.only.split(";") if args.only else list(MAIN)
     args.only = [name.strip() for name in args.only]
     if unknown := [name for name in args.only if name not in METHODS]:
-        raise InputError(f"--only {unknown[0]!r} is unknown; use {'; '.join(METHODS)}, separated by semicolons")
+        raise InputError(f"--only {unknown[0]!r} is unknown; use {'; '.join(METHODS)}, separated by "
+                         "semicolons")
     return args, settings
 
 
@@ -131,10 +136,11 @@ def open_lab(args: Namespace, s: Settings) -> Lab:
     path = args.out / "base.pt"
     base, vocabulary, settings = text_diffusion.load_base(path)
     if vocabulary.words != text.build_vocabulary(all_sentences(texts.train)).words:
-        raise InputError(f"{path} is a base of other texts than {args.text}; give its --text, or another --out")
+        raise InputError(f"{path} is a base of other texts than {args.text}; give its --text, or another "
+                         "--out")
     general = [row for name in TASKS for row in texts.dev[name][::6]]  # about 400
-    return Lab(args.out, s, pick_dtype(s.dtype or "float32", CPU), base, sha256_of(path), vocabulary, texts.train,
-               {name: text.encode(vocabulary, rows) for name, rows in texts.dev.items()},
+    return Lab(args.out, s, pick_dtype(s.dtype or "float32", CPU), base, sha256_of(path), vocabulary,
+               texts.train, {name: text.encode(vocabulary, rows) for name, rows in texts.dev.items()},
                {name: [ids(vocabulary, one) for one in task.instructions] for name, task in TASKS.items()},
                {name: [ids(vocabulary, one) for one in task.unseen] for name, task in TASKS.items()},
                text.encode(vocabulary, general))
@@ -154,8 +160,8 @@ def pretrain(args: Namespace, s: Settings) -> None:
     train, dev = (text.encode(vocabulary, [row for rows in part.values() for row in rows])
                   for part in (texts.train, texts.dev))
     config = text_diffusion.Config(len(vocabulary), s.width, s.depth, s.heads)
-    text_diffusion.pretrain(args.out, vocabulary, train, dev, config, s.base_steps, s.base_tokens, s.base_lr, 0,
-                            s.dtype or "float32", s.save_every)
+    text_diffusion.pretrain(args.out, vocabulary, train, dev, config, s.base_steps, s.base_tokens, s.base_lr,
+                            0, s.dtype or "float32", s.save_every)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -163,8 +169,8 @@ def pretrain(args: Namespace, s: Settings) -> None:
 
 
 class Run(NamedTuple):
-    """A fine-tuning that is measured once. sentences: of the training set, None for all; held_out: how many of it
-    to judge by instead of the development set. trajectory: another than the method's own."""
+    """A fine-tuning that is measured once. sentences: of the training set, None for all; held_out: how many
+    of it to judge by instead of the development set. trajectory: another than the method's own."""
     task: str
     method: str
     lr: float
@@ -206,8 +212,8 @@ def train_model(lab: Lab, run: Run) -> tuple[Adapted, dict, Sentences, Sentences
         rows = [rows[i] for i in torch.randperm(len(rows), generator=generator)[:run.sentences].tolist()]
     train = text.encode(lab.vocabulary, rows)
     tuning = Tuning(run.lr, run.steps, min(run.batch_size, len(rows)), run.seed, lab.dtype)
-    model, facts = finetune(lab.base, len(TASKS[run.task].labels), run.method, lab.instructions[run.task], train,
-                            tuning, run.trajectory)
+    model, facts = finetune(lab.base, len(TASKS[run.task].labels), run.method, lab.instructions[run.task],
+                            train, tuning, run.trajectory)
     return model, facts, train, judged
 
 
@@ -220,13 +226,15 @@ def result_of(lab: Lab, run: Run, keep: bool = False) -> dict:
     model, facts, train, judged = train_model(lab, run)
     c = lab.instructions[run.task][0]
     if run.held_out:
-        found = dict(accuracy=classify.accuracy(classify.read_labels(model, judged, c, lab.dtype), judged.label))
+        found = dict(accuracy=classify.accuracy(classify.read_labels(model, judged, c, lab.dtype),
+                                                judged.label))
     else:
         found = measure(model, c, train, judged, lab.general, lab.dtype, run.seed)
     found |= facts | parameter_counts(model)
     if keep:
         found["bytes"] = save_task(kept, model, dict(task=run.task, base=lab.base_sha))
-    plot.write_json(path, dict(run=run._asdict() | dict(base=lab.base_sha, dtype=str(lab.dtype)), result=found))
+    plot.write_json(path, dict(run=run._asdict() | dict(base=lab.base_sha, dtype=str(lab.dtype)),
+                               result=found))
     return found
 
 
@@ -246,9 +254,10 @@ def do_runs(lab: Lab, runs: list[Run], keep: Callable[[Run], bool] = lambda run:
 
 
 def tuned_rate(lab: Lab, method: str) -> float:
-    """The learning rate of the grid that is best on the held-out part of SST-2's training set, of short runs"""
+    """The learning rate whose short run is best on the held-out part of SST-2's training set"""
     rates = RATES.get(method, OTHER_RATES)
-    runs = [Run("SST-2", method, lr, lab.s.tune_steps, lab.s.batch_size, 0, held_out=lab.s.held_out) for lr in rates]
+    runs = [Run("SST-2", method, lr, lab.s.tune_steps, lab.s.batch_size, 0, held_out=lab.s.held_out)
+            for lr in rates]
     results = do_runs(lab, runs)
     return max(zip(rates, results), key=lambda pair: pair[1]["accuracy"])[0]
 
@@ -376,8 +385,8 @@ def ablation_runs(lab: Lab, rates: dict[str, float]) -> dict[tuple[str, str], li
     if "LoRA-Diffusion" in rates:
         for name, trajectory in ablations().items():
             runs["LoRA-Diffusion", name] = [
-                Run("SST-2", "LoRA-Diffusion", rates["LoRA-Diffusion"], seed=seed, sentences=s.ablation_sentences,
-                    trajectory=trajectory, **shared) for seed in seeds]
+                Run("SST-2", "LoRA-Diffusion", rates["LoRA-Diffusion"], seed=seed,
+                    sentences=s.ablation_sentences, trajectory=trajectory, **shared) for seed in seeds]
     for method in PHASED:
         if "adapters" in rates:
             runs["phases elsewhere", method] = [
@@ -414,7 +423,7 @@ def ablation_rows(lab: Lab) -> list[dict]:
 
 
 def by_phase(found: list[dict]) -> dict:
-    """Effective rank of the correction in the three phases, and beta's share of its square, means over seeds"""
+    """Effective rank of the correction in each phase, and beta's share of its square; means over seeds"""
     phases = np.array(found[0]["phase"])
     rank, centred, share, size = (np.mean([one[key] for one in found], 0)
                                   for key in ("effective_rank", "centred_rank", "beta_share", "size"))
@@ -429,8 +438,8 @@ def by_phase(found: list[dict]) -> dict:
 
 
 def measure_costs(lab: Lab, rounds: int = 7) -> list[dict]:
-    """Of each method: parameters, bytes of its file, and times, which take turns: in each round every method is
-    timed once, so that a busy machine slows all of them alike. Medians over the rounds."""
+    """Of each method: parameters, bytes of its file, and times, which take turns: in each round every method
+    is timed once, so that a busy machine slows all of them alike. Medians over the rounds."""
     train = text.encode(lab.vocabulary, lab.train["SST-2"][:4000])
     c, rows, models = lab.instructions["SST-2"][0], [], {}
     for method in METHODS:
@@ -440,7 +449,8 @@ def measure_costs(lab: Lab, rounds: int = 7) -> list[dict]:
         size = save_task(file, model, dict(task="SST-2", base=lab.base_sha))
         file.unlink()
         count = parameter_counts(model)
-        rows.append(dict(method=method, **count, share=count["trained"] / parameter_counts(models[METHODS[0]])["trained"],
+        rows.append(dict(method=method, **count,
+                         share=count["trained"] / sum(p.numel() for p in lab.base.parameters()),
                          bytes=size, state=12 * count["trained"]))
     times = {(method, name): [] for method in METHODS for name in ("step", "one", "batch", "long")}
     long_ones = train.length.argsort(descending=True)[:32]
@@ -473,7 +483,7 @@ def one_step(lab: Lab, model: Adapted, train: Sentences, c: torch.Tensor) -> Non
 
 @torch.no_grad()
 def read(lab: Lab, model: Adapted, sentences: Sentences, index: torch.Tensor, c: torch.Tensor) -> None:
-    """One pass at t = T: a reverse diffusion takes as many as there are steps in which something is unmasked"""
+    """One pass at t = T. A reverse diffusion takes as many as there are steps that unmask something."""
     with torch.autocast("cpu", lab.dtype, enabled=lab.dtype != torch.float32):
         model.label_logits(classify.label_states(model, sentences, index, torch.full_like(index, T), c))
 
@@ -486,7 +496,8 @@ def compose_runs(lab: Lab, rates: dict[str, float]) -> dict[tuple[str, int], dic
     """By (method, seed): a run for each task. SST-2's are those of the main table."""
     return {(method, seed): {task: Run(task, method, rates[method], lab.s.steps, lab.s.batch_size, seed)
                              for task in TASKS}
-            for seed in range(min(3, lab.s.seeds)) for method in ("LoRA-Diffusion", "weight LoRA") if method in rates}
+            for seed in range(min(3, lab.s.seeds)) for method in ("LoRA-Diffusion", "weight LoRA")
+            if method in rates}
 
 
 def make_composition(lab: Lab) -> list[dict]:
@@ -527,11 +538,12 @@ def print_main(lab: Lab, rows: list[dict], before: float) -> None:
         "paper's metric": percent(row["paper_accuracy"]), "training set": percent(row["train_accuracy"]),
         "forgetting": row["general_elbo"] - before, "lr": row["lr"], "seeds": row["seeds"]} for row in rows],
         {"method": "", "trained": ",", "accuracy": "", "95 %": "", "p, full": ".2g", "p, LoRA-D.": ".2g",
-         "generated": "", "head": "", "paper's metric": "", "training set": "", "forgetting": "+.3f", "lr": "g",
-         "seeds": ""})
+         "generated": "", "head": "", "paper's metric": "", "training set": "", "forgetting": "+.3f",
+         "lr": "g", "seeds": ""})
     guess, majority = chance(lab, "SST-2")
-    print(f"chance {guess:.1%}, majority {majority:.1%}, which is {classify.paper_accuracy(majority):.2%} in the "
-          "paper's metric, two of three tokens being given;\np: paired t-test over seeds, times the comparisons "
+    print(f"chance {guess:.1%}, majority {majority:.1%}, which is {classify.paper_accuracy(majority):.2%} in "
+          "the paper's metric, two of three tokens being given;\np: paired t-test over seeds, times the "
+          "comparisons "
           f"(Bonferroni); forgetting: nats a token above the base's {before:.3f}")
 
 
@@ -546,19 +558,22 @@ def report(lab: Lab) -> None:
         print_main(lab, rows, before)
         x = [math.log10(row["trained"]) for row in rows]
         charts.append(plot.line_chart(
-            {row["method"]: ([at], [100 * row["accuracy"]], [100 * (row["sd"] or 0)]) for at, row in zip(x, rows)},
+            {row["method"]: ([at], [100 * row["accuracy"]], [100 * (row["sd"] or 0)])
+             for at, row in zip(x, rows)},
             "SST-2: accuracy against trained parameters", "log10 of trained parameters", "accuracy, %"))
         with_rank = {row["method"]: row["corrections"] for row in rows if row["corrections"][0]}
         if with_rank:
             charts.append(plot.line_chart(
                 {name: (found[0]["t"], np.mean([one["effective_rank"] for one in found], 0))
-                 for name, found in with_rank.items()}, "Effective rank of the correction", "t", "effective rank"))
+                 for name, found in with_rank.items()},
+                "Effective rank of the correction", "t", "effective rank"))
     if cases:
         print("\nAblations\n")
-        plot.print_table([row | {"accuracy": percent(row["accuracy"]), "sd": percent(row["sd"])} for row in cases],
+        plot.print_table([row | {"accuracy": percent(row["accuracy"]), "sd": percent(row["sd"])}
+                          for row in cases],
                          {"question": "", "case": "", "seeds": "", "adapter": ",", "accuracy": "", "sd": "",
-                          "rank early": ".1f", "rank middle": ".1f", "rank late": ".1f", "centred early": ".1f",
-                          "beta_share": ".0%", "size": ".2f"})
+                          "rank early": ".1f", "rank middle": ".1f", "rank late": ".1f",
+                          "centred early": ".1f", "beta_share": ".0%", "size": ".2f"})
     saved = {}
     for name in ("costs", "composition"):
         try:
@@ -567,13 +582,15 @@ def report(lab: Lab) -> None:
             continue
     if "costs" in saved:
         print("\nCosts; ms are medians\n")
-        plot.print_table(saved["costs"]["rows"], {"method": "", "trained": ",", "share": ".1%", "encoder": ",",
-                                                  "beta": ",", "rows": ",", "bytes": ",", "step_ms": ".0f",
+        plot.print_table(saved["costs"]["rows"], {"method": "", "trained": ",", "share": ".1%",
+                                                  "encoder": ",", "beta": ",", "rows": ",", "bytes": ",",
+                                                  "step_ms": ".0f",
                                                   "one_ms": ".1f", "batch_ms": ".0f", "long_ms": ".0f"})
     if "composition" in saved:
         charts += compose.show(saved["composition"]["seeds"])
-    plot.write_json(lab.folder / "results.json", dict(settings=vars(lab.s), base=before, unigrams=unigrams, table=rows,
-                                                      ablations=cases, chance={t: chance(lab, t) for t in TASKS}, **saved))
+    everything = dict(settings=vars(lab.s), base=before, unigrams=unigrams, table=rows, ablations=cases,
+                      chance={task: chance(lab, task) for task in TASKS}, **saved)
+    plot.write_json(lab.folder / "results.json", everything)
     if charts:
         plot.save(lab.folder / "figure.png", *charts)
     print(f"\nwrote {lab.folder / 'results.json'}" + (f" and {lab.folder / 'figure.png'}" if charts else ""))

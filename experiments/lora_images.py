@@ -2,11 +2,12 @@
 
     python experiments/lora_images.py --out runs/lora-images      two CPU cores: about an hour
 
-A DiT is trained on eight of the ten classes of `shapes`, then adapted to the other two from 20, 100 and 1,000 images
-of them: by corrections of the final hidden states in three phases of t (Eq. 2 to 4 of the paper; c is the class), by
-weight LoRA on attention and MLP, by training all weights, or by the two classes' embeddings alone, which all methods
-train. A classifier (classifier.py) then says how many samples it recognises, of the new classes and of the old ones:
-what was learned and what was forgotten. Learning rates are chosen by the loss on held-out images of the new classes.
+A DiT is trained on eight of the ten classes of `shapes`, then adapted to the other two from 20, 100 and 1,000
+images of them: by corrections of the final hidden states in three phases of t (Eq. 2 to 4 of the paper; c is
+the class), by weight LoRA on attention and MLP, by training all weights, or by the two classes' embeddings
+alone, which all methods train. A classifier (classifier.py) then says how many samples it recognises, of the
+new classes and of the old ones: what was learned and what was forgotten. Learning rates are chosen by the
+loss on held-out images of the new classes.
 
 Everything finished is kept in --out and not done again. Read adapters.py before.
 """
@@ -31,8 +32,8 @@ from data import draw_shapes, to_unit
 from model import DiT, modulate, preset_config, timestep_embedding
 from sample import ImageNoise, ddim, save_grid
 from schedule import T, add_noise, predicted_x_0_and_eps, target
-from script import (DTYPES, InputError, Parser, claim_folder, duration, end_progress, pick_dtype, positive_int,
-                    read_checkpoint, run_script, show_progress, write_then_rename)
+from script import (DTYPES, InputError, Parser, claim_folder, duration, end_progress, pick_dtype,
+                    positive_int, read_checkpoint, run_script, show_progress, write_then_rename)
 
 CPU = torch.device("cpu")
 NEW = (8, 9)  # classes that the base never sees
@@ -45,7 +46,8 @@ RATES = {"LoRA-Diffusion": (1e-3, 3e-3, 1e-2), "weight LoRA": (1e-3, 3e-3, 1e-2)
 
 
 class AdaptedDiT(nn.Module):
-    """A DiT, frozen but for what a method trains. The new classes' rows stand apart, so that the old ones' stay."""
+    """A DiT, frozen but for what a method trains. The new classes' rows stand apart, so that the old ones'
+    stay."""
 
     def __init__(self, base: DiT, method: str):
         super().__init__()
@@ -89,10 +91,10 @@ def loss_of(model, x_0, y, t, eps) -> torch.Tensor:
     return (output - target(base.config.predict, x_0, eps, signal, noise)).square().mean((1, 2, 3))
 
 
-def train_on(model, images, labels, steps: int, batch_size: int, lr: float, seed: int, dtype, name: str, state=None,
-             save=None) -> None:
-    """AdamW with a cosine-decayed learning rate. Batch and noise depend on seed and step alone, so that a run that
-    goes on from a saved `state` (step, optimizer) is the one that it would have been."""
+def train_on(model, images, labels, steps: int, batch_size: int, lr: float, seed: int, dtype, name: str,
+             state=None, save=None) -> None:
+    """AdamW with a cosine-decayed learning rate. Batch and noise depend on seed and step alone, so that a run
+    that goes on from a saved `state` (step, optimizer) is the one that it would have been."""
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer, first = torch.optim.AdamW(weights, lr, (0.9, 0.99), fused=True), 0
     if state:
@@ -105,8 +107,8 @@ def train_on(model, images, labels, steps: int, batch_size: int, lr: float, seed
         g = torch.Generator().manual_seed(1_000_003 * seed + step)
         index = torch.randint(len(images), (batch_size,), generator=g)
         x_0, y = to_unit(images[index]), labels[index]
-        t = (((torch.randperm(batch_size, generator=g) + torch.rand(batch_size, generator=g)) / batch_size * T).long()
-             .clamp(max=T - 1) + 1)
+        u = (torch.randperm(batch_size, generator=g) + torch.rand(batch_size, generator=g)) / batch_size
+        t = (u * T).long().clamp(max=T - 1) + 1
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             loss = loss_of(model, x_0, y, t, torch.randn(x_0.shape, generator=g)).mean()
         if getattr(model, "trajectory", None) is not None:
@@ -119,7 +121,8 @@ def train_on(model, images, labels, steps: int, batch_size: int, lr: float, seed
             if not torch.isfinite(loss):
                 raise InputError(f"{name}: the loss stopped being finite before step {step + 1}")
             left = (time.time() - start) / (step + 1 - first) * (steps - step - 1)
-            show_progress(f"{name}: step {step + 1:,} of {steps:,}  loss {loss.item():.4f}  {duration(left)} left")
+            show_progress(f"{name}: step {step + 1:,} of {steps:,}  loss {loss.item():.4f}  "
+                          f"{duration(left)} left")
         if save and ((step + 1) % 500 == 0 or step + 1 == steps):
             save(step + 1, optimizer)
     end_progress()
@@ -136,7 +139,8 @@ def held_out_loss(model, images, labels) -> float:
 
 @torch.no_grad()
 def draw(model: AdaptedDiT, classes, num: int, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """num images, the classes in turn, by DDIM with our own eps(x, t): uint8 (num, 3, H, W), and their labels"""
+    """num images, the classes in turn, by DDIM with our own eps(x, t): uint8 (num, 3, H, W), and their
+    labels"""
     config, y = model.base.config, torch.tensor([classes[i % len(classes)] for i in range(num)])
     x = ImageNoise(0, range(num), (config.channels, config.image_size, config.image_size), CPU)()
 
@@ -159,8 +163,8 @@ def pretrained(args, images, labels, dtype) -> DiT:
     config = preset_config(args.model, dict(method="full"), image_size=args.image_size, num_classes=10)
     torch.manual_seed(0)
     model, path, state = DiT(config), args.out / "base.pt", None
-    of = dict(config={name: str(value) for name, value in asdict(config).items()}, steps=args.steps, n=len(images),
-              dtype=str(dtype))
+    of = dict(config={name: str(value) for name, value in asdict(config).items()}, steps=args.steps,
+              n=len(images), dtype=str(dtype))
     if path.exists():
         state = read_checkpoint(path, ("of", "model", "optimizer", "step"))
         if state["of"] != of:
@@ -213,20 +217,20 @@ def kept(path: Path, of: dict, make) -> dict:
 def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--out", type=Path, metavar="DIR", default=Path("runs/lora-images"), help="folder of everything (default "
-        "runs/lora-images)")
+    add("--out", type=Path, metavar="DIR", default=Path("runs/lora-images"),
+        help="folder of everything (default runs/lora-images)")
     add("--model", default="tiny", choices=("tiny", "small"), help="the base (default tiny)")
     add("--image-size", type=positive_int, default=16, metavar="N", help="of shapes (default 16)")
     add("--steps", type=positive_int, default=2500, metavar="N", help="of pretraining (default 2500)")
     add("--adapt-steps", type=positive_int, default=400, metavar="N", help="of each adaptation (default 400)")
     add("--seeds", type=positive_int, default=3, metavar="N", help="of each adaptation (default 3)")
-    add("--num", type=positive_int, default=200, metavar="N", help="samples of the new classes, and as many of the "
-        "old ones (default 200)")
+    add("--num", type=positive_int, default=200, metavar="N",
+        help="samples of the new classes, and as many of the old ones (default 200)")
     add("--sampling-steps", type=positive_int, default=50, metavar="N", help="of DDIM (default 50)")
-    add("--train-num", type=positive_int, default=10_000, metavar="N", help="drawn shapes, a fifth of which are of "
-        "the new classes (default 10000)")
-    add("--judge-num", type=positive_int, default=20_000, metavar="N", help="shapes to train the classifier on "
-        "(default 20000)")
+    add("--train-num", type=positive_int, default=10_000, metavar="N",
+        help="drawn shapes, a fifth of which are of the new classes (default 10000)")
+    add("--judge-num", type=positive_int, default=20_000, metavar="N",
+        help="shapes to train the classifier on (default 20000)")
     add("--dtype", choices=DTYPES, default="float32", help="of matrix products (default float32)")
     add("--threads", type=positive_int, default=1, metavar="N", help="of the CPU (default 1)")
     args = parser.parse_args()
@@ -249,21 +253,24 @@ def main():
 
     rows, old = [], tuple(range(NEW[0]))
     shared = dict(vars(args), out=None, seeds=None)
-    before, _ = recognised(judge, AdaptedDiT(base, "embeddings alone").eval(), old, args.num, args.sampling_steps)
+    before, _ = recognised(judge, AdaptedDiT(base, "embeddings alone").eval(), old, args.num,
+                           args.sampling_steps)
     print(f"base: {before:.1%} of its samples of the eight old classes are recognised")
     for method, rates in RATES.items():
         def try_rate(lr):
-            model = adapted(args, base, method, new_images[:100], new_labels[:100], lr, 0, dtype, f"{method}, lr {lr:g}")
+            model = adapted(args, base, method, new_images[:100], new_labels[:100], lr, 0, dtype,
+                            f"{method}, lr {lr:g}")
             return dict(loss=held_out_loss(model, test_images, test_labels))
-        tried = [kept(args.out / "runs" / f"rate-{method}-{lr:g}.json".replace(" ", "-"), shared | dict(lr=lr),
+        tried = [kept(args.out / "runs" / f"rate-{method}-{lr:g}.json".replace(" ", "-"),
+                      shared | dict(lr=lr),
                       lambda lr=lr: try_rate(lr)) for lr in rates]
         lr = min(zip(rates, tried), key=lambda pair: pair[1]["loss"])[0]
         for count in COUNTS:
             found = []
             for seed in range(args.seeds):
                 def run():
-                    model = adapted(args, base, method, new_images[:count], new_labels[:count], lr, seed, dtype,
-                                    f"{method}, {count} images, seed {seed}")
+                    model = adapted(args, base, method, new_images[:count], new_labels[:count], lr, seed,
+                                    dtype, f"{method}, {count} images, seed {seed}")
                     new, drawn = recognised(judge, model, NEW, args.num, args.sampling_steps)
                     kept_share, drawn_old = recognised(judge, model, old, args.num, args.sampling_steps)
                     if seed == 0:
@@ -277,15 +284,17 @@ def main():
             row = dict(method=method, images=count, lr=lr, trained=found[0]["trained"])
             for key in ("new", "old", "loss"):
                 values = [one[key] for one in found]
-                row[key], row[f"{key}_sd"] = np.mean(values), np.std(values, ddof=1) if len(values) > 1 else None
+                row[key] = np.mean(values)
+                row[f"{key}_sd"] = np.std(values, ddof=1) if len(values) > 1 else None
             rows.append(row)
-    plot.print_table(rows, {"method": "", "images": "", "trained": ",", "lr": "g", "new": ".1%", "new_sd": ".1%",
-                            "old": ".1%", "old_sd": ".1%", "loss": ".4f"})
+    plot.print_table(rows, {"method": "", "images": "", "trained": ",", "lr": "g", "new": ".1%",
+                            "new_sd": ".1%", "old": ".1%", "old_sd": ".1%", "loss": ".4f"})
     by_method = {method: [row for row in rows if row["method"] == method] for method in RATES}
     charts = [plot.line_chart({method: (np.log10(COUNTS), [100 * row[key] for row in some],
                                         [100 * (row[f"{key}_sd"] or 0) for row in some])
                                for method, some in by_method.items()},
-                              f"Recognised samples of the {words} classes", "log10 of images to adapt to", "%")
+                              f"Recognised samples of the {words} classes", "log10 of images to adapt to",
+                              "%")
               for key, words in (("new", "two new"), ("old", "eight old"))]
     plot.save(args.out / "figure.png", *charts)
     plot.write_json(args.out / "results.json", dict(settings=vars(args), base=before, rows=rows))

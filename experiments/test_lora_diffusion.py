@@ -139,7 +139,8 @@ def test_no_part_of_a_held_out_sentence_is_trained_with():
     rest, held_out = text.split_off(whole + parts, 10, torch.Generator().manual_seed(0))
     assert len(held_out) == 10 and all("film" in sentence for sentence, _ in held_out)
     numbers = {sentence.split()[1] for sentence, _ in held_out}
-    assert len(rest) == 30 + 30 + 1 and not numbers & {s.split()[2] for s, _ in rest if s.startswith("of all")}
+    assert len(rest) == 30 + 30 + 1 and not numbers & {s.split()[2] for s, _ in rest
+                                                       if s.startswith("of all")}
 
 
 def test_paraphrases_to_judge_a_router_by_are_unseen():
@@ -154,7 +155,8 @@ def test_paraphrases_to_judge_a_router_by_are_unseen():
 
 def test_alpha():
     assert ALPHA[0] == 1 and ALPHA[T] == 0 and (ALPHA.diff() < 0).all() and len(ALPHA) == T + 1
-    assert ALPHA[T // 2].item() == pytest.approx(0.5) and ALPHA[25].item() == pytest.approx(math.cos(math.pi / 8) ** 2)
+    assert ALPHA[T // 2].item() == pytest.approx(0.5)
+    assert ALPHA[25].item() == pytest.approx(math.cos(math.pi / 8) ** 2)
     assert UNMASKED[1] == 1 and UNMASKED[T] == ALPHA[T - 1]
     for t in (1, 30, 100):
         assert WEIGHT[t].item() == pytest.approx(T * (ALPHA[t - 1] - ALPHA[t]).item() / (1 - ALPHA[t]).item())
@@ -184,11 +186,13 @@ def test_spans_are_prompts_and_never_all_there_is():
     size = clean.sum(1)
     assert ((size > 0).float()[length > 1].mean() - 0.5).abs() < 0.05 and (size[length == 1] == 0).all()
     assert (size < length).all() and not clean[torch.arange(9) >= length[:, None]].any()
-    assert (clean.int().diff(dim=1, prepend=torch.zeros(2000, 1, dtype=torch.int)) == 1).sum(1).max() == 1  # one piece
+    # in one piece
+    assert (clean.int().diff(dim=1, prepend=torch.zeros(2000, 1, dtype=torch.int)) == 1).sum(1).max() == 1
 
 
 def toy(table):
-    """A model of two tokens with two words, 2 and 3: p(word | what the other token is), by table[other][place]"""
+    """A model of two tokens with two words, 2 and 3: p(word | what the other token is), by
+    table[other][place]"""
     def hidden(x, t):
         return torch.stack([table[x[:, 1], 0], table[x[:, 0], 1]], 1)  # (B, 2, 2)
     return SimpleNamespace(hidden=hidden, logits=lambda h: h)
@@ -228,13 +232,14 @@ def test_the_loss_is_the_elbo_of_two_tokens():
 
 
 def test_the_loss_of_two_equal_tokens_by_hand():
-    """A model that knows that both tokens are equal, and each word half of the time, needs log 2 nats where they
-    are unmasked one after the other, and 2 log 2 where in one step: sum_t (alpha_{t-1} - alpha_t) (1 - alpha_t)
-    2 log 2, which is log 2 for T without end."""
+    """A model that knows that both tokens are equal, and each word half of the time, needs log 2 nats where
+    they are unmasked one after the other, and 2 log 2 where in one step: sum_t (alpha_{t-1} - alpha_t) (1 -
+    alpha_t) 2 log 2, which is log 2 for T without end."""
     table = torch.zeros(4, 2, 2)
     table[2, :, 0] = table[3, :, 1] = 40
     found = expected_loss(toy(table), torch.tensor([[3, 3]]))
-    by_hand = sum((ALPHA[t - 1] - ALPHA[t]).item() * (1 - ALPHA[t]).item() for t in range(1, T + 1)) * 2 * math.log(2)
+    by_hand = sum((ALPHA[t - 1] - ALPHA[t]).item() * (1 - ALPHA[t]).item()
+                  for t in range(1, T + 1)) * 2 * math.log(2)
     assert found == pytest.approx(by_hand, rel=1e-5) and 0 < found - math.log(2) < 0.01
 
 
@@ -263,7 +268,8 @@ def test_sampling_keeps_prompts_and_unmasks_by_alpha(base):
 def test_words_with_the_same_neighbours_start_alike():
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(5, 20, (400, 3), generator=g)
-    ids[:200, 1], ids[:200, 0], ids[:200, 2] = 3 + torch.arange(200) % 2, 18, 19  # 3 and 4 stand in the same place
+    # 3 and 4 stand in the same place
+    ids[:200, 1], ids[:200, 0], ids[:200, 2] = 3 + torch.arange(200) % 2, 18, 19
     torch.manual_seed(0)
     E = text_diffusion.neighbour_embeddings(ids, 20, 12)
     assert torch.allclose(E.norm(dim=1), torch.full((20,), 0.02 * 12**0.5))
@@ -274,14 +280,15 @@ def test_words_with_the_same_neighbours_start_alike():
 def test_unigram_nats():
     train, judged = (Sentences(torch.tensor(ids), torch.tensor([2]), torch.tensor([0]))
                      for ids in ([[3, 3]], [[3, 4]]))
-    assert text_diffusion.unigram_nats(train, judged, 5) == pytest.approx(-(math.log(3 / 5) + math.log(1 / 5)) / 2)
+    found = text_diffusion.unigram_nats(train, judged, 5)
+    assert found == pytest.approx(-(math.log(3 / 5) + math.log(1 / 5)) / 2)
 
 
 def test_pretraining_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
     vocabulary, train = text.Vocabulary([f"w{i}" for i in range(WORDS - 3)]), sentences(60)
     def run(folder):
-        return text_diffusion.pretrain(folder, vocabulary, train, sentences(8, 1), Config(WORDS, 16, 1, 2), 9, 64,
-                                       1e-2, 0, "float32", every=4)
+        return text_diffusion.pretrain(folder, vocabulary, train, sentences(8, 1), Config(WORDS, 16, 1, 2), 9,
+                                       64, 1e-2, 0, "float32", every=4)
     whole = run(tmp_path / "whole").state_dict()
     batch = text_diffusion.pretraining_batch
     def stop(train, batches, seed, step):
@@ -298,8 +305,8 @@ def test_pretraining_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert text_diffusion.load_base(tmp_path / "parts" / "base.pt")[1].words == vocabulary.words
     with pytest.raises(InputError, match="other texts or settings"):
-        text_diffusion.pretrain(tmp_path / "parts", vocabulary, train, train, Config(WORDS, 16, 1, 2), 9, 64, 2e-2, 0,
-                                "float32")
+        text_diffusion.pretrain(tmp_path / "parts", vocabulary, train, train, Config(WORDS, 16, 1, 2), 9, 64,
+                                2e-2, 0, "float32")
 
 
 def test_a_base_learns(tmp_path, capsys):
@@ -307,8 +314,8 @@ def test_a_base_learns(tmp_path, capsys):
     ids = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]]).repeat(40, 1)
     train = Sentences(ids, torch.full((80,), 4), torch.zeros(80))
     vocabulary = text.Vocabulary([f"w{i}" for i in range(8)])
-    model = text_diffusion.pretrain(tmp_path, vocabulary, train, train, Config(11, 24, 1, 2), 200, 80, 1e-2, 0,
-                                    "float32", every=200)
+    model = text_diffusion.pretrain(tmp_path, vocabulary, train, train, Config(11, 24, 1, 2), 200, 80, 1e-2,
+                                    0, "float32", every=200)
     nats = text_diffusion.validation_elbo(model, train, repeats=5)
     assert nats < 0.6 < text_diffusion.unigram_nats(train, train, 11) - 1  # log(2) / 4 = 0.17 at best
     drawn = text_diffusion.generate(model, train, 30, 0)
@@ -412,7 +419,8 @@ def test_nuclear_norm_and_its_gradient():
 
 def test_penalty_is_equation_5_to_7():
     torch.manual_seed(0)
-    net = shaken(TrajectoryAdapter(Trajectory((5, 4, 3), modules=3, rank_weight=0.2, orthogonality_weight=0.3), WIDTH, 2))
+    config = Trajectory((5, 4, 3), modules=3, rank_weight=0.2, orthogonality_weight=0.3)
+    net = shaken(TrajectoryAdapter(config, WIDTH, 2))
     wanted = 0.0
     for bank in net.banks:
         for i, a in enumerate(bank):
@@ -428,12 +436,14 @@ def test_effective_rank():
     assert adapters.effective_rank(torch.eye(7)[:5]) == pytest.approx(5)
     assert adapters.effective_rank(torch.ones(6, 4)) == pytest.approx(1, abs=1e-4)
     s = torch.tensor([3.0, 1.0])
-    assert adapters.effective_rank(torch.diag(s)) == pytest.approx(math.exp(-sum(p * math.log(p) for p in (0.75, 0.25))))
+    entropy = -sum(p * math.log(p) for p in (0.75, 0.25))
+    assert adapters.effective_rank(torch.diag(s)) == pytest.approx(math.exp(entropy))
 
 
 def test_the_sentence_is_a_second_path_only_where_it_is_asked_for(base):
     x = torch.tensor([[5, 6, WORDS, MASK], [7, 8, WORDS, MASK]])
-    printed, reads = (adapt(base, 2, name).eval() for name in ("LoRA-Diffusion", "LoRA-Diffusion, reads the sentence"))
+    printed, reads = (adapt(base, 2, name).eval()
+                      for name in ("LoRA-Diffusion", "LoRA-Diffusion, reads the sentence"))
     assert printed.encode_instruction(C, x).shape == (1, WIDTH)
     e = reads.encode_instruction(C, x)
     assert e.shape == (2, WIDTH) and not torch.allclose(e[0], e[1], atol=1e-3)
@@ -458,17 +468,21 @@ def test_trained_parameters_by_formula(base):
     gamma, beta = 2 * sum(d * rank + rank for rank in ranks_at(d)), 2 * 3 * (d * d + d)
     wanted = {
         "full fine-tuning": whole, "head only": 0,
-        "LoRA-Diffusion": ab + gamma + beta + encoder, "LoRA-Diffusion, reads the sentence": ab + gamma + beta + encoder,
+        "LoRA-Diffusion": ab + gamma + beta + encoder,
+        "LoRA-Diffusion, reads the sentence": ab + gamma + beta + encoder,
         "LoRA-Diffusion without beta": ab + gamma + encoder, "LoRA-Diffusion without instruction": ab,
         "weight LoRA": depth * r * (4 * 2 * d + 2 * 5 * d), "T-LoRA": depth * r * (4 * 2 * d + 2 * 5 * d),
         "adapters": depth * 2 * (2 * b * d + b + d), "adapters in phases": depth * 2 * (2 * b * d + b + d),
-        "BitFit": 2 * d + depth * (4 * d + 5 * d + 2 * d) + d + WORDS - 2, "prefix tuning": depth * 2 * 32 * d}
+        "BitFit": 2 * d + depth * (4 * d + 5 * d + 2 * d) + d + WORDS - 2,
+        "prefix tuning": depth * 2 * 32 * d}
     assert set(wanted) == set(METHODS)
     for method, count in wanted.items():
         found = adapters.parameter_counts(adapt(base, k, method))
         assert found["rows"] == rows and found["trained"] == count + rows, method
-        assert found["encoder"] == (encoder if "LoRA-Diffusion" in method and "without ins" not in method else 0)
-        assert found["beta"] == (beta if method in ("LoRA-Diffusion", "LoRA-Diffusion, reads the sentence") else 0)
+        assert found["encoder"] == (encoder if "LoRA-Diffusion" in method and "without ins" not in method
+                                    else 0)
+        assert found["beta"] == (beta if method in ("LoRA-Diffusion", "LoRA-Diffusion, reads the sentence")
+                                 else 0)
 
 
 def test_a_merged_weight_lora_is_the_added_one(base):
@@ -551,7 +565,8 @@ def test_the_reading_does_not_see_the_label(base, method):
     found = classify.read_labels(model, some, C)
     turned = some._replace(label=1 - some.label)
     assert torch.equal(found, classify.read_labels(model, turned, C))
-    assert torch.equal(classify.generate_labels(model, some, C, 0), classify.generate_labels(model, turned, C, 0))
+    assert torch.equal(classify.generate_labels(model, some, C, 0),
+                       classify.generate_labels(model, turned, C, 0))
 
 
 def test_label_loss_is_the_mean_over_all_drawn_sentences(base):
@@ -571,7 +586,8 @@ def test_label_loss_is_the_mean_over_all_drawn_sentences(base):
 def test_reverse_diffusion_of_the_label_unmasks_when_the_chain_does(base, monkeypatch):
     model, some, seen = adapt(base, 2, "head only").eval(), sentences(3000), []
     inner = classify.label_states
-    monkeypatch.setattr(classify, "label_states", lambda m, s, i, t, c: seen.append(t) or inner(m, s, i, t, c))
+    monkeypatch.setattr(classify, "label_states",
+                        lambda m, s, i, t, c: seen.append(t) or inner(m, s, i, t, c))
     token = classify.generate_labels(model, some, C, 0)
     t = torch.cat(seen)
     assert t.min() >= 1 and t.max() <= T
@@ -603,8 +619,9 @@ def two_kinds(tmp_path_factory):
     words = torch.where(some.label[:, None] == 1, 11 + some.ids % 8, 3 + some.ids % 8)
     some = some._replace(ids=torch.where(some.ids == PAD, PAD, words))
     with contextlib.redirect_stdout(io.StringIO()):
-        base = text_diffusion.pretrain(tmp_path_factory.mktemp("base"), text.Vocabulary([f"w{i}" for i in range(17)]),
-                                       some, some, Config(WORDS, WIDTH, 2, 2), 150, 400, 1e-2, 0, "float32", every=150)
+        base = text_diffusion.pretrain(tmp_path_factory.mktemp("base"),
+                                       text.Vocabulary([f"w{i}" for i in range(17)]), some, some,
+                                       Config(WORDS, WIDTH, 2, 2), 150, 400, 1e-2, 0, "float32", every=150)
     return some, base.eval()
 
 
@@ -625,10 +642,12 @@ def test_what_is_measured(base):
     model, facts = classify.finetune(base, 2, "LoRA-Diffusion", [C], some, classify.Tuning(1e-2, 5, 16))
     found = classify.measure(model, C, some, some, general, torch.float32, 0)
     assert found["accuracy"] == found["train_accuracy"] and 0 <= found["generated"] <= 1 >= found["head"] >= 0
-    assert found["corrections"]["t"] == list(range(10, 101, 10)) and set(found["corrections"]["phase"]) == {0, 1, 2}
+    assert found["corrections"]["t"] == list(range(10, 101, 10))
+    assert set(found["corrections"]["phase"]) == {0, 1, 2}
     assert all(0 <= share <= 1 for share in found["corrections"]["beta_share"])
     untouched = adapt(base, 2, "LoRA-Diffusion")  # g = 0: nothing can be forgotten
-    assert classify.general_elbo(untouched, C, general) == pytest.approx(text_diffusion.validation_elbo(base, general))
+    before = text_diffusion.validation_elbo(base, general)
+    assert classify.general_elbo(untouched, C, general) == pytest.approx(before)
     assert found["general_elbo"] != pytest.approx(text_diffusion.validation_elbo(base, general), abs=1e-6)
 
 
@@ -667,7 +686,8 @@ def test_composition_is_equation_8(base):
         embedded = base.embed(x.clamp(max=WORDS - 1))
         embedded[0, n] = sum(w[j] * m.own_embedding[0] for j, m in enumerate(ours.values()))
         h = base.transform(embedded, t, x != PAD)[:, n + 1:]
-        delta = sum(w[j] * m.trajectory(h, t, base.time(t), m.encode_instruction(C, x)) for j, m in enumerate(ours.values()))
+        delta = sum(w[j] * m.trajectory(h, t, base.time(t), m.encode_instruction(C, x))
+                    for j, m in enumerate(ours.values()))
         assert torch.allclose(seen[0][place], (h + delta)[0, 0], atol=1e-4)
 
 
@@ -699,7 +719,8 @@ def test_statistics():
     mean, sd, half = lora_diffusion.mean_sd_interval(ours)
     low, high = stats.t.interval(0.95, 3, loc=mean, scale=stats.sem(ours))
     assert (mean - half, mean + half) == pytest.approx((low, high)) and sd == pytest.approx(stats.tstd(ours))
-    assert lora_diffusion.mean_sd_interval([0.5]) == (0.5, None, None) and lora_diffusion.paired_p([1], [1], 2) is None
+    assert lora_diffusion.mean_sd_interval([0.5]) == (0.5, None, None)
+    assert lora_diffusion.paired_p([1], [1], 2) is None
 
 
 def test_ablations_change_one_thing_each():
@@ -715,7 +736,8 @@ def test_ablations_change_one_thing_each():
 def cli(*arguments):
     """Runs main() with these arguments, in this process: (exit status, stdout, stderr)."""
     out, err, code = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out),
+          contextlib.redirect_stderr(err)):
         patch.setattr(sys, "argv", ["lora_diffusion.py", *map(str, arguments)])
         try:
             script.run_script(lora_diffusion.main)
@@ -731,9 +753,10 @@ def refuses(*arguments, says):
 
 def test_the_whole_script(tmp_path):
     texts, out = write_texts(tmp_path / "text"), tmp_path / "out"
-    flags = ["--text", texts, "--out", out, "--width", 24, "--depth", 1, "--heads", 2, "--base-steps", 6, "--save-every",
-             6, "--base-tokens", 64, "--seeds", 2, "--steps", 2, "--tune-steps", 1, "--batch-size", 8, "--held-out", 4,
-             "--ablation-seeds", 1, "--ablation-steps", 1, "--ablation-sentences", 10]
+    flags = ["--text", texts, "--out", out, "--width", 24, "--depth", 1, "--heads", 2, "--base-steps", 6,
+             "--save-every", 6, "--base-tokens", 64, "--seeds", 2, "--steps", 2, "--tune-steps", 1,
+             "--batch-size", 8, "--held-out", 4, "--ablation-seeds", 1, "--ablation-steps", 1,
+             "--ablation-sentences", 10]
     refuses("table", *flags, says="make one with the step `pretrain`")
     code, said, err = cli("pretrain", *flags)
     assert code == 0 and "nats a token, unigrams" in said and "left" in said, err
@@ -742,12 +765,14 @@ def test_the_whole_script(tmp_path):
         code, said, err = cli(step, *flags, *more)
         assert code == 0, err
     results = json.loads((out / "results.json").read_text())
-    assert {row["method"] for row in results["table"]} >= {"full fine-tuning", "LoRA-Diffusion", "weight LoRA"}
+    found = {row["method"] for row in results["table"]}
+    assert found >= {"full fine-tuning", "LoRA-Diffusion", "weight LoRA"}
     row = next(row for row in results["table"] if row["method"] == "LoRA-Diffusion")
     assert row["seeds"] == 2 and row["paper_accuracy"] == pytest.approx((2 + row["accuracy"]) / 3)
     assert row["p_full-fine-tuning"] is not None and row["p_lora-diffusion"] is None
     assert len(results["ablations"]) == len(lora_diffusion.ablations()) + 2 + 15
-    assert len(results["costs"]["rows"]) == len(METHODS) and results["composition"]["seeds"][0]["router_unseen"] <= 1
+    assert len(results["costs"]["rows"]) == len(METHODS)
+    assert 0 <= results["composition"]["seeds"][0]["router_unseen"] <= 1
     for part in ("majority", "Ablations", "Costs", "Composition", "Two instructions"):
         assert part in said
     assert Image.open(out / "figure.png").width > 600
@@ -758,7 +783,8 @@ def test_the_whole_script(tmp_path):
     result = json.loads(kept.with_suffix(".json").read_text())["result"]
     assert kept.stat().st_size == result["bytes"]
 
-    other = write_texts(tmp_path / "other", [(f"other words are in here {i} {i} {i}", i % 2) for i in range(24)])
+    other = write_texts(tmp_path / "other", [(f"other words are in here {i} {i} {i}", i % 2)
+                                             for i in range(24)])
     refuses("report", "--text", other, "--out", out, says="is a base of other texts")
     refuses("pretrain", *flags, "--base-lr", 0.01, says="other texts or settings")
     torch.save({"x": 1}, out / "base.pt")
@@ -768,7 +794,8 @@ def test_the_whole_script(tmp_path):
 @pytest.mark.parametrize("flags, says", [
     (["dance"], "invalid choice"), (["table", "--only", "magic"], "'magic' is unknown"),
     (["table", "--steps", "0"], "--steps 0 must be"), (["table", "--width", "25"], "divisible"),
-    (["pretrain", "--text", "nowhere"], "--text takes a folder"), (["pretrain", "--base-lr", "2"], "--base-lr 2")])
+    (["pretrain", "--text", "nowhere"], "--text takes a folder"),
+    (["pretrain", "--base-lr", "2"], "--base-lr 2")])
 def test_bad_flags_are_refused(tmp_path, monkeypatch, flags, says):
     monkeypatch.chdir(tmp_path)
     refuses(*flags, says=says)

@@ -4,8 +4,9 @@ A folder of texts holds, for each of three tasks, train.tsv and dev.tsv: a heade
 line for each sentence, UTF-8, lower case, its words separated by blanks, its label a number.
 
     SST-2   is a phrase of a film review negative (0) or positive (1)?   Socher et al. 2013; the files of GLUE
-    Subj    is a sentence opinion (0) or plot (1)?   Pang and Lee 2004, "subjectivity dataset v1.0"; 1,000 held out
-    TREC    what does a question ask for: description 0, entity 1, abbreviation 2, person 3, place 4, number 5?
+    Subj    is a sentence opinion (0) or plot (1)?   Pang and Lee 2004, "subjectivity dataset v1.0"; 1,000
+    held out TREC    what does a question ask for: description 0, entity 1, abbreviation 2, person 3, place 4,
+    number 5?
             Li and Roth 2002, the split of 5,452 and 500 questions
 
 Nothing here is about diffusion. Read text_diffusion.py after.
@@ -30,8 +31,8 @@ PAD, MASK, UNKNOWN = 0, 1, 2  # the first words of every vocabulary
 
 
 class Task(NamedTuple):
-    """labels: what the numbers in the files mean. instructions: paraphrases to train with. unseen: paraphrases
-    by which a router is judged."""
+    """labels: what the numbers in the files mean. instructions: paraphrases to train with. unseen:
+    paraphrases by which a router is judged."""
     labels: tuple[str, ...]
     instructions: tuple[str, ...]
     unseen: tuple[str, ...]
@@ -61,21 +62,23 @@ TASKS = {
          "does it want a person or a place ?", "find what would answer the question")),
 }
 
-BOTH = "is this sentence an opinion or a fact , and is this review positive or negative ?"  # no adapter saw it
+# Two instructions in one, which no adapter saw
+BOTH = "is this sentence an opinion or a fact , and is this review positive or negative ?"
 
 # ----------------------------------------------------------------------------------------------------
 # Files
 
 
 def read_sentences(path: Path, labels: int) -> list[tuple[str, int]]:
-    """The (sentence, label) pairs of one file. Raises InputError for a file that is not there or not like that."""
+    """The (sentence, label) pairs of one file. Raises InputError for a file that is not there or not like
+    that."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text; convert it") from None
     except OSError as error:
-        raise InputError(f"cannot read {path} ({error.strerror}); --text takes a folder with SST-2, Subj and TREC in "
-                         "it, each with train.tsv and dev.tsv") from None
+        raise InputError(f"cannot read {path} ({error.strerror}); --text takes a folder with SST-2, Subj and "
+                         "TREC in it, each with train.tsv and dev.tsv") from None
     if lines[0].rstrip("\r") != "sentence\tlabel":
         raise InputError(f"{path} must begin with the line sentence<TAB>label")
     rows = []
@@ -88,7 +91,8 @@ def read_sentences(path: Path, labels: int) -> list[tuple[str, int]]:
         if not sentence.split():
             raise InputError(f"{path}, line {number}: the sentence is empty")
         if label not in map(str, range(labels)):
-            raise InputError(f"{path}, line {number}: the label {label[:20]!r} is unknown; use 0 to {labels - 1}")
+            raise InputError(f"{path}, line {number}: the label {label[:20]!r} is unknown; use 0 to "
+                             f"{labels - 1}")
         rows.append((" ".join(sentence.split()), int(label)))
     if not rows:
         raise InputError(f"{path} holds no sentences")
@@ -107,7 +111,8 @@ def read_texts(folder: Path) -> Texts:
     """Raises InputError."""
     train, dev, left_out = {}, {}, {}
     for name, task in TASKS.items():
-        rows, dev[name] = (read_sentences(folder / name / f"{part}.tsv", len(task.labels)) for part in ("train", "dev"))
+        rows, dev[name] = (read_sentences(folder / name / f"{part}.tsv", len(task.labels))
+                           for part in ("train", "dev"))
         judged = {sentence for sentence, _ in dev[name]}
         train[name] = [row for row in rows if row[0] not in judged]
         left_out[name] = len(rows) - len(train[name])
@@ -119,9 +124,9 @@ def read_texts(folder: Path) -> Texts:
 def split_off(rows: list[tuple[str, int]], n: int, generator: torch.Generator) -> tuple[list, list]:
     """(the rest, n held-out pairs) of training pairs, to choose a learning rate by.
 
-    SST-2's training set consists of sentences and of their parts. What is held out is of more than five words, as
-    the development set's sentences are (where there are such), and a part of more than three words of a held-out
-    sentence is in neither of the two: it would give its label away."""
+    SST-2's training set consists of sentences and of their parts. What is held out is of more than five
+    words, as the development set's sentences are (where there are such), and a part of more than three words
+    of a held-out sentence is in neither of the two: it would give its label away."""
     order = torch.randperm(len(rows), generator=generator).tolist()
     order.sort(key=lambda i: len(rows[i][0].split()) <= 5)  # stable: long ones first
     held_out = [rows[i] for i in order[:n]]
@@ -137,7 +142,8 @@ def split_off(rows: list[tuple[str, int]], n: int, generator: torch.Generator) -
 
 
 class Vocabulary:
-    """Words and their numbers. The first three are no words: padding, mask, and any word that is not listed."""
+    """Words and their numbers. The first three are no words: padding, mask, and any word that is not
+    listed."""
 
     def __init__(self, words: Sequence[str]):
         self.words = ["[pad]", "[mask]", "[unknown]", *words]
@@ -155,7 +161,8 @@ class Vocabulary:
 
 
 def build_vocabulary(sentences: list[str], least: int = 3) -> Vocabulary:
-    """Words seen at least so often, the most frequent first (of equally frequent ones in the alphabet's order)."""
+    """Words seen at least so often, the most frequent first (of equally frequent ones in the alphabet's
+    order)."""
     counts = Counter(word for sentence in sentences for word in sentence.split())
     for special in ("[pad]", "[mask]", "[unknown]"):
         counts.pop(special, None)
@@ -179,8 +186,8 @@ def encode(vocabulary: Vocabulary, rows: list[tuple[str, int]]) -> Sentences:
 
 
 # ----------------------------------------------------------------------------------------------------
-# Batches: sentences of similar length together, so that little padding is computed. Each is a function of seed
-# and epoch alone: a run that was stopped goes on with the same ones.
+# Batches: sentences of similar length together, so that little padding is computed. Each is a function of
+# seed and epoch alone: a run that was stopped goes on with the same ones.
 
 
 def shuffled_batches(length: torch.Tensor, size: int, generator: torch.Generator,

@@ -1,8 +1,9 @@
 """A masked diffusion language model: the frozen base that lora_diffusion.py adapts.
 
 Absorbing-state diffusion (Austin et al. 2021, D3PM; in the simple form of Sahoo et al. 2024, MDLM). x_0 is a
-sentence; in x_t each token has been replaced by [mask], on its own, with probability 1 - alpha_t. The model sees
-x_t and t and gives a distribution over words at every masked token. Read text.py before, adapters.py after.
+sentence; in x_t each token has been replaced by [mask], on its own, with probability 1 - alpha_t. The model
+sees x_t and t and gives a distribution over words at every masked token. Read text.py before, adapters.py
+after.
 """
 
 import math
@@ -19,7 +20,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's top level
 import text
 from lowrank import Linear
-from script import (InputError, duration, end_progress, pick_dtype, read_checkpoint, show_progress, write_then_rename)
+from script import (InputError, duration, end_progress, pick_dtype, read_checkpoint, show_progress,
+                    write_then_rename)
 from text import LONGEST, MASK, PAD, Sentences, Vocabulary
 
 T = 100  # steps; t = 0 is the sentence, t = T all masks
@@ -87,9 +89,10 @@ def time_features(t: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def distance_bias(heads: int, tokens: int) -> torch.Tensor:
-    """What is added to the attention of token i on token j: float32 (heads, N, N). The first head sees all places
-    alike; the others mind the distance, -|i - j| times a slope, as in ALiBi (Press et al. 2022), in turns to the
-    left, to the right and to both sides. A base of minutes has no time to learn where its neighbours are."""
+    """What is added to the attention of token i on token j: float32 (heads, N, N). The first head sees all
+    places alike; the others mind the distance, -|i - j| times a slope, as in ALiBi (Press et al. 2022), in
+    turns to the left, to the right and to both sides. A base of minutes has no time to learn where its
+    neighbours are."""
     apart = torch.arange(tokens)[None] - torch.arange(tokens)[:, None]  # (N, N): j - i
     bias = torch.zeros(heads, tokens, tokens)
     for head in range(1, heads):
@@ -101,8 +104,8 @@ def distance_bias(heads: int, tokens: int) -> torch.Tensor:
 
 
 class Block(nn.Module):
-    """Attention and MLP behind a LayerNorm each. The layers take `active` and hand it on (lowrank.py): adapters
-    put others into their places, whose rank may depend on t."""
+    """Attention and MLP behind a LayerNorm each. The layers take `active` and hand it on (lowrank.py):
+    adapters put others into their places, whose rank may depend on t."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -118,7 +121,8 @@ class Block(nn.Module):
         q, k, v = (layer(h, active).view(B, -1, self.heads, D // self.heads).transpose(1, 2)
                    for layer in (self.q, self.k, self.v))  # (B, heads, N, D/heads)
         # prefix tuning puts keys and values before those of the sentence
-        mask = F.pad(bias.masked_fill(~there[:, None, None], -math.inf), (k.shape[2] - N, 0))  # (B, heads, N, prefix + N)
+        # (B, heads, N, prefix + N)
+        mask = F.pad(bias.masked_fill(~there[:, None, None], -math.inf), (k.shape[2] - N, 0))
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype))  # (B, heads, N, D/heads)
         x = x + self.out(h.transpose(1, 2).reshape(B, N, D), active)
         return x + self.mlp_out(F.gelu(self.mlp_in(self.norm_2(x), active)), active)  # (B, N, D)
@@ -147,7 +151,8 @@ class TextDiffusion(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.embedding.weight, std=0.02)  # as output; as input `embed` makes it larger
         nn.init.normal_(self.position, std=0.1)
-        self.time_out.weight *= 0.1  # or t would drown the words, and the model learn nothing but their frequencies
+        # or t would drown the words, and the model learn nothing but their frequencies
+        self.time_out.weight *= 0.1
         for block in self.blocks:  # the residual stream starts nearly as the embedding
             block.out.weight *= 0.3
             block.mlp_out.weight *= 0.3
@@ -161,7 +166,8 @@ class TextDiffusion(nn.Module):
         return self.time_out(F.silu(self.time_in(time_features(t, self.config.width))))
 
     def transform(self, h, t, there, active=None):
-        """What the blocks make of embedded tokens h (B, N, D) at t (B,): the final hidden states, (B, N, D)"""
+        """What the blocks make of embedded tokens h (B, N, D) at t (B,): the final hidden states, (B, N,
+        D)"""
         h = h + self.position[:h.shape[1]] + self.time(t)[:, None]
         bias = distance_bias(self.config.heads, h.shape[1])
         for block in self.blocks:
@@ -184,11 +190,12 @@ class TextDiffusion(nn.Module):
 
 
 def negative_elbo(model, x_0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """T (alpha_{t-1} - alpha_t) / (1 - alpha_t) times the cross-entropy summed over masked tokens: float32 (B,).
+    """T (alpha_{t-1} - alpha_t) / (1 - alpha_t) times the cross-entropy summed over masked tokens: float32
+    (B,).
 
-    Its mean over t uniform in 1..T and over x_t is the negative ELBO of x_0 in nats (MDLM Eq. 9 in discrete time;
-    the step at t = 1, from x_1 to x_0, included; the prior's term is 0, for alpha_T is). The logits are computed
-    of masked tokens alone. model: `hidden(x_t, t)` and `logits(h)`."""
+    Its mean over t uniform in 1..T and over x_t is the negative ELBO of x_0 in nats (MDLM Eq. 9 in discrete
+    time; the step at t = 1, from x_1 to x_0, included; the prior's term is 0, for alpha_T is). The logits are
+    computed of masked tokens alone. model: `hidden(x_t, t)` and `logits(h)`."""
     masked = x_t == MASK
     h = model.hidden(x_t, t)[masked]  # (M, D)
     losses = F.cross_entropy(model.logits(h).float(), x_0[masked] - 2, reduction="none")  # (M,)
@@ -228,9 +235,10 @@ def unigram_nats(train: Sentences, judged: Sentences, words: int) -> float:
 
 @torch.no_grad()
 def unmask(model, x: torch.Tensor, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Ancestral sampling: x (B, N) with [mask] where a word is wanted, everything else being prompt or padding.
-    In the step from t to t - 1 each masked token is unmasked with probability (alpha_{t-1} - alpha_t) /
-    (1 - alpha_t), its word drawn from the model's distribution. Yields x after each of the T steps."""
+    """Ancestral sampling: x (B, N) with [mask] where a word is wanted, everything else being prompt or
+    padding. In the step from t to t - 1 each masked token is unmasked with probability (alpha_{t-1} -
+    alpha_t) / (1 - alpha_t), its word drawn from the model's distribution. Yields x after each of the T
+    steps."""
     for t in range(T, 0, -1):
         chosen = (torch.rand(x.shape, generator=generator, dtype=torch.float64) < UNMASKED[t]) & (x == MASK)
         if chosen.any():  # else the step changes nothing, and the model need not be asked
@@ -257,9 +265,10 @@ def generate(model, sentences: Sentences, n: int, seed: int) -> torch.Tensor:
 
 
 def neighbour_embeddings(ids: torch.Tensor, words: int, width: int, window: int = 5) -> torch.Tensor:
-    """Embeddings in which words are alike that stand beside the same words: the singular vectors of the matrix of
-    positive pointwise mutual information, log n_ij n / (n_i n_j), of words at most `window` apart (Levy et al.
-    2015, with their exponent 0.75). ids (N, L), padded -> (words, width), each of length 0.02 sqrt(width).
+    """Embeddings in which words are alike that stand beside the same words: the singular vectors of the
+    matrix of positive pointwise mutual information, log n_ij n / (n_i n_j), of words at most `window` apart
+    (Levy et al. 2015, with their exponent 0.75). ids (N, L), padded -> (words, width), each of length 0.02
+    sqrt(width).
 
     A base that is trained for minutes would spend most of them to find this out."""
     pairs = []
@@ -285,7 +294,8 @@ def neighbour_embeddings(ids: torch.Tensor, words: int, width: int, window: int 
 
 
 def pretraining_batch(train: Sentences, batches: list[torch.Tensor], seed: int, step: int):
-    """x_0, x_t and t of a step. `batches` are those of its epoch; the noise depends on seed and step alone."""
+    """x_0, x_t and t of a step. `batches` are those of its epoch; the noise depends on seed and step
+    alone."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     index = batches[step % len(batches)]
     length = train.length[index]
@@ -301,10 +311,11 @@ def one_cycle(step: int, steps: int, lr: float, warmup: int) -> float:
     return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def pretrain(folder: Path, vocabulary: Vocabulary, train: Sentences, dev: Sentences, config: Config, steps: int,
-             tokens: int, lr: float, seed: int, dtype_name: str | None, every: int = 500) -> TextDiffusion:
-    """Trains on sentences without labels, or goes on where `folder`/base.pt stands: the same weights, bit for bit.
-    tokens: of a batch, padding included. Raises InputError if the file is of other settings."""
+def pretrain(folder: Path, vocabulary: Vocabulary, train: Sentences, dev: Sentences, config: Config,
+             steps: int, tokens: int, lr: float, seed: int, dtype_name: str | None,
+             every: int = 500) -> TextDiffusion:
+    """Trains on sentences without labels, or goes on where `folder`/base.pt stands: the same weights, bit for
+    bit. tokens: of a batch, padding included. Raises InputError if the file is of other settings."""
     path, dtype = folder / "base.pt", pick_dtype(dtype_name, CPU)
     settings = dict(config=list(config), words=vocabulary.words, steps=steps, tokens=tokens, lr=lr, seed=seed,
                     dtype=str(dtype))
@@ -326,13 +337,14 @@ def pretrain(folder: Path, vocabulary: Vocabulary, train: Sentences, dev: Senten
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(vocabulary):,} words; "
           f"{len(train.length):,} sentences, {train.length.sum():,} tokens")
 
-    per_epoch = len(text.shuffled_batches(train.length, tokens, torch.Generator().manual_seed(0), tokens=True))
+    per_epoch = len(text.shuffled_batches(train.length, tokens, torch.Generator().manual_seed(0),
+                                          tokens=True))
     epoch, batches, recent, start, first = None, None, [], time.time(), step
     while step < steps:
         if epoch != step // per_epoch:
             epoch = step // per_epoch
-            batches = text.shuffled_batches(train.length, tokens, torch.Generator().manual_seed(seed + 7919 * epoch),
-                                            tokens=True)
+            generator = torch.Generator().manual_seed(seed + 7919 * epoch)
+            batches = text.shuffled_batches(train.length, tokens, generator, tokens=True)
         for group in optimizer.param_groups:
             group["lr"] = one_cycle(step, steps, lr, 200)
         x_0, x_t, t = pretraining_batch(train, batches, seed, step)
@@ -372,12 +384,13 @@ def load_base(path: Path) -> tuple[TextDiffusion, Vocabulary, dict]:
         settings = state["settings"]
         config, vocabulary = Config(*settings["config"]), Vocabulary(settings["words"][3:])
         if state["step"] < settings["steps"]:
-            raise InputError(f"{path} has had {state['step']:,} of its {settings['steps']:,} steps; go on with the "
-                             "step `pretrain`")
+            raise InputError(f"{path} has had {state['step']:,} of its {settings['steps']:,} steps; go on "
+                             "with the step `pretrain`")
         model = TextDiffusion(config)
         model.load_state_dict(state["model"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path} is not a base that the step `pretrain` wrote ({type(error).__name__})") from None
+        raise InputError(f"{path} is not a base that the step `pretrain` wrote "
+                         f"({type(error).__name__})") from None
     return model.eval(), vocabulary, settings
