@@ -14,6 +14,7 @@ Everything finished is kept in --out and not done again. Read adapters.py before
 
 import copy
 import json
+import math
 import sys
 import time
 from dataclasses import asdict
@@ -103,7 +104,7 @@ def train_on(model, images, labels, steps: int, batch_size: int, lr: float, seed
     start = time.time()
     for step in range(first, steps):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 50) * 0.5 * (1 + np.cos(np.pi * step / steps))
+            group["lr"] = lr * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
         g = torch.Generator().manual_seed(1_000_003 * seed + step)
         index = torch.randint(len(images), (batch_size,), generator=g)
         x_0, y = to_unit(images[index]), labels[index]

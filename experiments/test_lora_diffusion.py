@@ -1,5 +1,5 @@
 """Tests of LoRA-Diffusion on text: text.py, text_diffusion.py, adapters.py, classify.py, compose.py,
-lora_diffusion.py."""
+lora_diffusion.py; and on images: lora_images.py."""
 
 import contextlib
 import io
@@ -19,9 +19,12 @@ from scipy import stats
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 import adapters
+import classifier
 import classify
 import compose
 import lora_diffusion
+import lora_images
+import model as model_py
 import script
 import text
 import text_diffusion
@@ -733,21 +736,21 @@ def test_ablations_change_one_thing_each():
     assert len(set(cases.values())) == len(cases)
 
 
-def cli(*arguments):
+def cli(*arguments, module=lora_diffusion):
     """Runs main() with these arguments, in this process: (exit status, stdout, stderr)."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with (pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out),
           contextlib.redirect_stderr(err)):
-        patch.setattr(sys, "argv", ["lora_diffusion.py", *map(str, arguments)])
+        patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
         try:
-            script.run_script(lora_diffusion.main)
+            script.run_script(module.main)
         except SystemExit as stop:
             code = stop.code or 0
     return code, out.getvalue(), err.getvalue()
 
 
-def refuses(*arguments, says):
-    code, _, err = cli(*arguments)
+def refuses(*arguments, says, module=lora_diffusion):
+    code, _, err = cli(*arguments, module=module)
     assert code == 2 and err.count("\n") == 1 and says in err, err
 
 
@@ -799,3 +802,51 @@ def test_the_whole_script(tmp_path):
 def test_bad_flags_are_refused(tmp_path, monkeypatch, flags, says):
     monkeypatch.chdir(tmp_path)
     refuses(*flags, says=says)
+
+
+# ----------------------------------------------------------------------------------------------------
+# lora_images.py
+
+
+@pytest.fixture
+def small_dit(monkeypatch):
+    tiny = dict(depth=1, width=24, heads=2, patch=4, conditioning="shared", dense_mlp_blocks=0, predict="v")
+    monkeypatch.setitem(model_py.PRESETS, "tiny", tiny)
+    torch.manual_seed(0)
+    dit = model_py.DiT(model_py.preset_config("tiny", dict(method="full"), image_size=8, num_classes=10))
+    return shaken(dit).eval()
+
+
+def test_an_adapted_dit_starts_as_the_dit(small_dit):
+    x, t, y = torch.randn(5, 3, 8, 8), torch.tensor([1, 300, 500, 800, 1000]), torch.tensor([0, 3, 5, 7, 1])
+    for method in lora_images.RATES:
+        net = lora_images.AdaptedDiT(small_dit, method).eval()
+        assert torch.allclose(net(x, t, y), small_dit(x, t, y), atol=1e-5), method
+        assert not net(x, t, y + 1).equal(net(x, t, y))
+        moved = shaken(net)
+        changed = (moved(x, t, y) - small_dit(x, t, y)).abs().amax((1, 2, 3)) > 1e-4
+        assert changed.all() if method != "embeddings alone" else not changed.any()  # old classes keep theirs
+        new = torch.full_like(y, 8)
+        with torch.no_grad():
+            before = moved(x, t, new)
+            moved.rows[0] += 1
+        assert (moved(x, t, new) - before).abs().max() > 1e-3
+    trajectory = lora_images.AdaptedDiT(small_dit, "LoRA-Diffusion").trajectory
+    assert trajectory.steps == 1000 and adapters.phase(torch.tensor([667, 666, 334, 333]), 1000).tolist() == [
+        0, 1, 1, 2]
+
+
+def test_images_from_end_to_end(small_dit, tmp_path, monkeypatch):
+    judge = classifier.Classifier(10, 8, 4).eval()
+    monkeypatch.setattr(lora_images, "load_judge", lambda args: judge)
+    monkeypatch.setattr(lora_images, "COUNTS", (4, 6))
+    monkeypatch.setattr(lora_images, "RATES", {name: (1e-3,) for name in lora_images.RATES})
+    flags = ["--out", tmp_path, "--image-size", 8, "--steps", 3, "--adapt-steps", 2, "--seeds", 1, "--num", 9,
+             "--sampling-steps", 2, "--train-num", 60]
+    for _ in range(2):
+        code, said, err = cli(*flags, module=lora_images)
+        assert code == 0, err
+    assert "are recognised" in said and len(json.loads((tmp_path / "results.json").read_text())["rows"]) == 8
+    assert "step" not in said  # the second time everything was there
+    refuses(*flags, "--steps", 4, module=lora_images, says="base of other settings")
+    refuses(*flags, "--sampling-steps", 2000, module=lora_images, says="at most 1000")
