@@ -10,7 +10,7 @@
 Each step takes --text DIR, the folder of the three tasks, and --out DIR. The paper (Khazrak and Green 2026)
 adds low-rank corrections to the hidden states of a frozen model, other ones in each of three phases of t.
 Here they meet full fine-tuning, weight LoRA, T-LoRA, adapters, BitFit and prefix tuning on one base, with one
-prompt and one number of steps, each at the best of three learning rates, chosen on a held-out part of the
+prompt and one number of steps, each at the best of four learning rates, chosen on a held-out part of the
 training set.
 
 --text holds SST-2/, Subj/ and TREC/, each with train.tsv and dev.tsv, which begin with the line
@@ -51,8 +51,8 @@ from text_diffusion import CPU, T, TextDiffusion
 
 STEPS = ("pretrain", "table", "costs", "ablations", "compose", "report")
 MAIN = tuple(m for m in METHODS if m not in ("LoRA-Diffusion without instruction", "adapters in phases"))
-RATES = {"full fine-tuning": (2e-4, 5e-4, 1e-3)}  # tried for each method; the best is taken
-OTHER_RATES = (1e-3, 3e-3, 1e-2)
+RATES = {"full fine-tuning": (2e-4, 5e-4, 1e-3, 2e-3)}  # tried for each method; the best is taken
+OTHER_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 
 # ----------------------------------------------------------------------------------------------------
 # Settings
