@@ -336,15 +336,23 @@ class DiT(nn.Module):
 
     def denoise(self, x, conditions: list[torch.Tensor], active: Active = None):
         """The rest of the forward pass: x (B, C, H, W) -> (B, C, H, W)."""
+        return self.output(self.hidden(x, conditions, active), conditions[-1])
+
+    def hidden(self, x, conditions: list[torch.Tensor], active: Active = None):
+        """What all blocks make of the image: x (B, C, H, W) -> (B, N, D)."""
         # contiguous: or the residual stream of all blocks would keep the convolution's order (D before N)
         h = self.patchify(x).flatten(2).transpose(1, 2).contiguous() + self.position  # (B, N, D)
         for block, condition in zip(self.blocks, conditions):
             h = block(h, condition, active)  # (B, N, D)
-        shift, scale = conditions[-1].chunk(2, dim=2)  # (B, 1, D)
+        return h
+
+    def output(self, h, condition):
+        """The final layer: h (B, N, D), its condition (B, 1, 2D) -> (B, C, H, W)."""
+        shift, scale = condition.chunk(2, dim=2)  # (B, 1, D)
         h = self.final_out(modulate(h, shift, scale))  # (B, N, p*p*C)
         p, side = self.config.patch, self.config.image_size // self.config.patch
-        h = h.view(-1, side, side, p, p, self.config.channels)
-        return h.permute(0, 5, 1, 3, 2, 4).reshape(x.shape)  # (B, C, H, W)
+        h = h.view(-1, side, side, p, p, self.config.channels).permute(0, 5, 1, 3, 2, 4)
+        return h.reshape(len(h), self.config.channels, side * p, side * p)  # (B, C, H, W)
 
 
 def parameter_count(config: Config) -> int:

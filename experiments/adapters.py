@@ -21,6 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's top level
+import rank_analysis
 import schedule
 from lowrank import Active, LowRankLinear, masked_channels
 from schedule import RankSchedule
@@ -186,10 +187,9 @@ def overlap(W_As: list[torch.Tensor]) -> torch.Tensor | float:
 
 
 def effective_rank(delta: torch.Tensor) -> float:
-    """exp of the entropy of the singular values' shares (section 3.8): delta (N, D), a correction a row"""
-    s = torch.linalg.svdvals(delta.double())
-    p = s / s.sum().clamp(min=1e-30)
-    return torch.exp(-(p * p.clamp(min=1e-30).log()).sum()).item()
+    """exp of the entropy of the singular values' shares (section 3.8): delta (N, D), a correction a row. 1 of
+    no correction at all."""
+    return rank_analysis.effective_rank(delta) if delta.any() else 1.0
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -255,11 +255,17 @@ def do_runs(lab: Lab, runs: list[Run], keep: Callable[[Run], bool] = lambda run:
 
 def tuned_rate(lab: Lab, method: str) -> float:
     """The learning rate whose short run is best on the held-out part of SST-2's training set"""
-    rates = RATES.get(method, OTHER_RATES)
-    runs = [Run("SST-2", method, lr, lab.s.tune_steps, lab.s.batch_size, 0, held_out=lab.s.held_out)
-            for lr in rates]
-    results = do_runs(lab, runs)
-    return max(zip(rates, results), key=lambda pair: pair[1]["accuracy"])[0]
+    runs = tuning_runs(lab, method)
+    return best_rate(runs, do_runs(lab, runs))
+
+
+def tuning_runs(lab: Lab, method: str) -> list[Run]:
+    return [Run("SST-2", method, lr, lab.s.tune_steps, lab.s.batch_size, 0, held_out=lab.s.held_out)
+            for lr in RATES.get(method, OTHER_RATES)]
+
+
+def best_rate(runs: list[Run], results: list[dict]) -> float:
+    return max(zip(runs, results), key=lambda pair: pair[1]["accuracy"])[0].lr
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -281,18 +287,15 @@ def known_rates(lab: Lab, methods) -> dict[str, float]:
     """Of the methods whose learning rates have been compared"""
     rates = {}
     for method in methods:
-        grid = RATES.get(method, OTHER_RATES)
-        found = [finished(lab, Run("SST-2", method, lr, lab.s.tune_steps, lab.s.batch_size, 0,
-                                   held_out=lab.s.held_out)) for lr in grid]
+        runs = tuning_runs(lab, method)
+        found = [finished(lab, run) for run in runs]
         if None not in found:
-            rates[method] = max(zip(grid, found), key=lambda pair: pair[1]["accuracy"])[0]
+            rates[method] = best_rate(runs, found)
     return rates
 
 
 def make_table(lab: Lab, methods: list[str]) -> None:
-    rates = {}
-    for method in methods:
-        rates[method] = tuned_rate(lab, method)
+    rates = {method: tuned_rate(lab, method) for method in methods}
     do_runs(lab, main_runs(lab, methods, rates), keep=is_composed)
 
 
@@ -355,7 +358,7 @@ def chance(lab: Lab, task: str) -> tuple[float, float]:
 # Ablations
 
 
-def ablations() -> dict[str, tuple[Trajectory, ...]]:
+def ablations() -> dict[str, Trajectory]:
     """By name: ranks are those of width 768, as the paper's."""
     printed = TRAJECTORIES["LoRA-Diffusion"]
     cases = {"as printed: 64 / 32 / 8": printed,

@@ -17,6 +17,7 @@ import json
 import math
 import sys
 import time
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,14 +30,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 import classifier
 import plot
 from adapters import LoRALinear, Trajectory, TrajectoryAdapter, ranks_at
-from data import draw_shapes, to_unit
-from model import DiT, modulate, preset_config, timestep_embedding
+from data import draw_shapes, from_unit, to_unit
+from model import DiT, preset_config, timestep_embedding
 from sample import ImageNoise, ddim, save_grid
 from schedule import T, add_noise, predicted_x_0_and_eps, target
 from script import (DTYPES, InputError, Parser, claim_folder, duration, end_progress, pick_dtype,
                     positive_int, read_checkpoint, run_script, show_progress, write_then_rename)
+from text_diffusion import CPU, stratified_t
 
-CPU = torch.device("cpu")
 NEW = (8, 9)  # classes that the base never sees
 COUNTS = (20, 100, 1000)  # images of them to adapt to
 RATES = {"LoRA-Diffusion": (1e-3, 3e-3, 1e-2), "weight LoRA": (1e-3, 3e-3, 1e-2),
@@ -73,15 +74,10 @@ class AdaptedDiT(nn.Module):
         old, new = embedder.label(y), F.embedding((y - NEW[0]).clamp(0, len(NEW) - 1), self.rows)
         e = torch.where(((y >= NEW[0]) & (y <= NEW[-1]))[:, None], new, old)  # e(c): (B, D)
         c = F.silu(time + e)
-        h = base.patchify(x).flatten(2).transpose(1, 2) + base.position  # (B, N, D)
-        for block in base.blocks:
-            h = block(h, block.adaln(c)[:, None])
+        h = base.hidden(x, [block.adaln(c)[:, None] for block in base.blocks])  # (B, N, D)
         if self.trajectory is not None:
             h = h + self.trajectory(h, t, time, e)  # Eq. (2)
-        shift, scale = base.final_adaln(c)[:, None].chunk(2, dim=2)  # (B, 1, D)
-        h = base.final_out(modulate(h, shift, scale))  # (B, N, p*p*C)
-        p, side = base.config.patch, base.config.image_size // base.config.patch
-        return h.view(-1, side, side, p, p, base.config.channels).permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
+        return base.output(h, base.final_adaln(c)[:, None])
 
 
 def loss_of(model, x_0, y, t, eps) -> torch.Tensor:
@@ -108,8 +104,7 @@ def train_on(model, images, labels, steps: int, batch_size: int, lr: float, seed
         g = torch.Generator().manual_seed(1_000_003 * seed + step)
         index = torch.randint(len(images), (batch_size,), generator=g)
         x_0, y = to_unit(images[index]), labels[index]
-        u = (torch.randperm(batch_size, generator=g) + torch.rand(batch_size, generator=g)) / batch_size
-        t = (u * T).long().clamp(max=T - 1) + 1
+        t = stratified_t(batch_size, g, T)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             loss = loss_of(model, x_0, y, t, torch.randn(x_0.shape, generator=g)).mean()
         if getattr(model, "trajectory", None) is not None:
@@ -152,7 +147,7 @@ def draw(model: AdaptedDiT, classes, num: int, steps: int) -> tuple[torch.Tensor
 
     for x in ddim(eps, x, steps):
         pass
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8), y
+    return from_unit(x), y
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -215,7 +210,7 @@ def kept(path: Path, of: dict, make) -> dict:
     return result
 
 
-def main():
+def read_command_line() -> Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--out", type=Path, metavar="DIR", default=Path("runs/lora-images"),
@@ -238,6 +233,11 @@ def main():
     preset_config(args.model, {}, image_size=args.image_size, num_classes=10)  # raises InputError
     if args.sampling_steps > T or args.image_size < 8:
         raise InputError(f"--sampling-steps is at most {T}, --image-size at least 8")
+    return args
+
+
+def main():
+    args = read_command_line()
     torch.set_num_threads(args.threads)
     dtype = pick_dtype(args.dtype, CPU)
     claim_folder(args.out)
@@ -288,6 +288,11 @@ def main():
                 row[key] = np.mean(values)
                 row[f"{key}_sd"] = np.std(values, ddof=1) if len(values) > 1 else None
             rows.append(row)
+    report(args, before, rows)
+
+
+def report(args: Namespace, before: float, rows: list[dict]) -> None:
+    """Table, figure.png and results.json. before: the share of the base's samples that is recognised."""
     plot.print_table(rows, {"method": "", "images": "", "trained": ",", "lr": "g", "new": ".1%",
                             "new_sd": ".1%", "old": ".1%", "old_sd": ".1%", "loss": ".4f"})
     by_method = {method: [row for row in rows if row["method"] == method] for method in RATES}

@@ -25,11 +25,11 @@ import compose
 import lora_diffusion
 import lora_images
 import model as model_py
-import script
 import text
 import text_diffusion
 from adapters import METHODS, TRAJECTORIES, Trajectory, TrajectoryAdapter, adapt, ranks_at
 from script import InputError
+from test_experiments import cli
 from text import MASK, PAD, TASKS, Sentences
 from text_diffusion import ALPHA, UNMASKED, WEIGHT, Config, T, TextDiffusion
 
@@ -736,21 +736,14 @@ def test_ablations_change_one_thing_each():
     assert len(set(cases.values())) == len(cases)
 
 
-def cli(*arguments, module=lora_diffusion):
-    """Runs main() with these arguments, in this process: (exit status, stdout, stderr)."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with (pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out),
-          contextlib.redirect_stderr(err)):
-        patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
-        try:
-            script.run_script(module.main)
-        except SystemExit as stop:
-            code = stop.code or 0
-    return code, out.getvalue(), err.getvalue()
+def test_the_best_learning_rate_is_taken():
+    runs = [lora_diffusion.Run("SST-2", "BitFit", lr, 1, 1, 0) for lr in (1e-3, 3e-3, 1e-2)]
+    results = [dict(accuracy=accuracy) for accuracy in (0.6, 0.8, 0.7)]
+    assert lora_diffusion.best_rate(runs, results) == 3e-3
 
 
 def refuses(*arguments, says, module=lora_diffusion):
-    code, _, err = cli(*arguments, module=module)
+    code, _, err = cli(module, *arguments)
     assert code == 2 and err.count("\n") == 1 and says in err, err
 
 
@@ -761,11 +754,11 @@ def test_the_whole_script(tmp_path):
              "--batch-size", 8, "--held-out", 4, "--ablation-seeds", 1, "--ablation-steps", 1,
              "--ablation-sentences", 10]
     refuses("table", *flags, says="make one with the step `pretrain`")
-    code, said, err = cli("pretrain", *flags)
+    code, said, err = cli(lora_diffusion, "pretrain", *flags)
     assert code == 0 and "nats a token, unigrams" in said and "left" in said, err
     for step in ("table", "costs", "ablations", "compose"):
         more = ["--only", "full fine-tuning; LoRA-Diffusion; weight LoRA"] if step == "table" else []
-        code, said, err = cli(step, *flags, *more)
+        code, said, err = cli(lora_diffusion, step, *flags, *more)
         assert code == 0, err
     results = json.loads((out / "results.json").read_text())
     found = {row["method"] for row in results["table"]}
@@ -780,7 +773,7 @@ def test_the_whole_script(tmp_path):
         assert part in said
     assert Image.open(out / "figure.png").width > 600
     written = {file: file.stat().st_mtime_ns for file in (out / "runs").iterdir()}
-    assert cli("compose", *flags)[0] == 0  # nothing is done twice
+    assert cli(lora_diffusion, "compose", *flags)[0] == 0  # nothing is done twice
     assert written == {file: file.stat().st_mtime_ns for file in (out / "runs").iterdir()}
     kept = next((out / "runs").glob("*lora-diffusion-s0*.pt"))
     result = json.loads(kept.with_suffix(".json").read_text())["result"]
@@ -844,7 +837,7 @@ def test_images_from_end_to_end(small_dit, tmp_path, monkeypatch):
     flags = ["--out", tmp_path, "--image-size", 8, "--steps", 3, "--adapt-steps", 2, "--seeds", 1, "--num", 9,
              "--sampling-steps", 2, "--train-num", 60]
     for _ in range(2):
-        code, said, err = cli(*flags, module=lora_images)
+        code, said, err = cli(lora_images, *flags)
         assert code == 0, err
     assert "are recognised" in said and len(json.loads((tmp_path / "results.json").read_text())["rows"]) == 8
     assert "step" not in said  # the second time everything was there

@@ -4,10 +4,10 @@ A folder of texts holds, for each of three tasks, train.tsv and dev.tsv: a heade
 line for each sentence, UTF-8, lower case, its words separated by blanks, its label a number.
 
     SST-2   is a phrase of a film review negative (0) or positive (1)?   Socher et al. 2013; the files of GLUE
-    Subj    is a sentence opinion (0) or plot (1)?   Pang and Lee 2004, "subjectivity dataset v1.0"; 1,000
-    held out TREC    what does a question ask for: description 0, entity 1, abbreviation 2, person 3, place 4,
-    number 5?
-            Li and Roth 2002, the split of 5,452 and 500 questions
+    Subj    is a sentence opinion (0) or plot (1)?   Pang and Lee 2004, "subjectivity dataset v1.0"; 1,000 of
+            them held out
+    TREC    what does a question ask for: description 0, entity 1, abbreviation 2, person 3, place 4,
+            number 5?   Li and Roth 2002, the split of 5,452 and 500 questions
 
 Nothing here is about diffusion. Read text_diffusion.py after.
 """

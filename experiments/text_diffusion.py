@@ -43,10 +43,10 @@ UNMASKED = torch.cat([torch.zeros(1, dtype=torch.float64), (ALPHA[:-1] - ALPHA[1
 WEIGHT = T * UNMASKED  # of the cross-entropy of a masked token, for t uniform in 1..T
 
 
-def stratified_t(n: int, generator: torch.Generator) -> torch.Tensor:
-    """n timesteps, int64 (n,), each uniform in 1..T; one from each of n equal strata, in random order."""
+def stratified_t(n: int, generator: torch.Generator, steps: int = T) -> torch.Tensor:
+    """n timesteps, int64 (n,), each uniform in 1..steps; one from each of n equal strata, in random order."""
     u = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator, dtype=torch.float64)) / n
-    return (u * T).long().clamp(max=T - 1) + 1
+    return (u * steps).long().clamp(max=steps - 1) + 1
 
 
 def add_masks(x_0: torch.Tensor, t: torch.Tensor, generator: torch.Generator,
