@@ -219,7 +219,7 @@ def modulate(x, shift, scale):
 
 def attention(q, k, v):
     """softmax(q k^T / sqrt(d)) v, each (B, heads, N, d)."""
-    if q.device.type == "cpu" and torch.is_grad_enabled():
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled():
         # In bfloat16 the backward pass of PyTorch's CPU kernel takes 2 (64 tokens) to 12 (16) times as long.
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float())

@@ -830,6 +830,20 @@ def test_slices_under_bfloat16_autocast():
     assert 1e-4 < (sliced - exact).norm() / exact.norm() < 2 * (masked - exact).norm() / exact.norm()
 
 
+def test_attention_is_trained_in_float32_on_a_cpu():
+    """There alone: the sampler's stays in bfloat16, that of float64 in float64."""
+    for dtype, grad, wanted in ((torch.bfloat16, True, torch.float32), (torch.bfloat16, False, torch.bfloat16),
+                                (torch.float64, True, torch.float64)):
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(2, 3, 5, 8, dtype=dtype, requires_grad=True) for _ in range(3))
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16), torch.set_grad_enabled(grad):
+            found = model.attention(q, k, v)
+        assert found.dtype == wanted
+        q, k, v = (x.detach().to(wanted) for x in (q, k, v))
+        exact = (q @ k.mT / 8**0.5).softmax(-1) @ v
+        assert relative(found, exact) < {torch.bfloat16: 2e-2, torch.float32: 1e-6, torch.float64: 1e-14}[wanted]
+
+
 @pytest.mark.parametrize("method", ["full", "iso-compute"])
 def test_adaln_zero(method):
     """A fresh DiT answers zero to everything (Peebles and Xie 2023), and its first gradient is not zero."""

@@ -75,7 +75,7 @@ class Settings:
     weighting: str = setting("none", "of the loss along t, with mean 1", choices=WEIGHTINGS)
     seed: int = setting(0, "of weights, data order, noise, timesteps and drawn shapes", low=0, high=2**31)
     slices: int | None = setting(None, "parts of a batch that compute only the channels they need; same "
-                                 "result as 1, plain masking (default 6 for DiT-* on a CPU, else 1)", low=1)
+                                 "result as 1, plain masking (default 4 for DiT-* on a CPU, else 1)", low=1)
     device: str = setting("auto", "where to train", choices=DEVICES)
     dtype: str | None = setting(None, "of matrix products (default bfloat16 on CUDA)", choices=DTYPES)
     compile: bool = setting(False, "torch.compile the model")
@@ -240,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
     net = torch.compile(state.model) if s.compile else state.model
     if processes.count > 1:  # averages the gradients; all weights are alike from the start
         net = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
-    slices = s.slices or (6 if s.model.startswith("DiT") and device.type == "cpu" else 1)
+    slices = s.slices or (4 if s.model.startswith("DiT") and device.type == "cpu" else 1)
     mine = slice(processes.number, None, processes.count)  # by falling rank: as much work as the others'
 
     def take_step(batch: Batch) -> torch.Tensor:

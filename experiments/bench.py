@@ -176,7 +176,7 @@ def main():
     add("--sampling-steps", type=positive_int, default=100, metavar="N")
     add("--repetitions", type=positive_int, default=15, metavar="N", help="turns of training steps (default 15)")
     add("--passes", type=positive_int, default=5, metavar="N", help="passes through the sampling steps (default 5)")
-    add("--slices", type=positive_int, default=6, metavar="N", help="of the variant with slices (default 6)")
+    add("--slices", type=positive_int, default=4, metavar="N", help="of the variant with slices (default 4)")
     add("--only", choices=("training", "sampling"))
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--dtype", choices=DTYPES,
