@@ -40,8 +40,8 @@ from text_diffusion import CPU, stratified_t
 
 NEW = (8, 9)  # classes that the base never sees
 COUNTS = (20, 100, 1000)  # images of them to adapt to
-RATES = {"LoRA-Diffusion": (1e-3, 3e-3, 1e-2), "weight LoRA": (1e-3, 3e-3, 1e-2),
-         "full fine-tuning": (1e-4, 3e-4, 1e-3), "embeddings alone": (1e-3, 1e-2, 3e-2)}
+RATES = {"LoRA-Diffusion": (1e-3, 3e-3, 1e-2, 3e-2), "weight LoRA": (1e-3, 3e-3, 1e-2, 3e-2),
+         "full fine-tuning": (1e-4, 3e-4, 1e-3, 3e-3), "embeddings alone": (1e-3, 1e-2, 3e-2, 1e-1)}
 
 # ----------------------------------------------------------------------------------------------------
 # Models
