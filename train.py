@@ -14,7 +14,6 @@ A run folder holds config.json, metrics.jsonl, state.pt (to go on), model.pt (EM
 Read model.py and curriculum.py before, sample.py after.
 """
 
-import contextlib
 import copy
 import functools
 import json
@@ -155,11 +154,9 @@ def draw_batch(dataset: Dataset, state: "State", s: Settings) -> Batch:
     if s.flip and not config.mean:  # a mirrored image has other latents than mirrored ones
         flipped = torch.rand(len(x_0), 1, 1, 1, device=device, generator=rng) < 0.5
         x_0 = torch.where(flipped, x_0.flip(3), x_0)
-    if dataset.classes:
-        dropped = torch.rand(len(y), device=device, generator=rng) < s.label_dropout
-        y = torch.where(dropped, config.num_classes, y)
-    else:
-        y = torch.full_like(y, config.num_classes)
+    dropout = s.label_dropout if dataset.classes else 1.0
+    dropped = torch.rand(len(y), device=device, generator=rng) < dropout
+    y = torch.where(dropped, config.num_classes, y)  # "no class"
     eps = torch.randn(x_0.shape, device=device, generator=rng)
     if s.timesteps.startswith("clts"):  # the others stand still
         state.curriculum.base = clts(T, state.step / s.steps)
@@ -181,15 +178,17 @@ def denoising_loss(net, model: DiT, batch: Batch, dtype: torch.dtype = torch.flo
     signal, noise = (to_device(a, device) for a in model.noise.coefficients(batch.t))
     x_t, t = add_noise(batch.x_0, batch.eps, signal, noise), to_device(batch.t, device)
     active = model.active(batch.t, batch.share)  # how many channels each sample may use: decided here, once
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    with autocast:
         output = net(x_t, t, batch.y, active).float()
-        if distil > 0:
-            n = int((batch.share == 1).sum())  # the first ones have used all their channels already
-            with torch.no_grad():
-                full = torch.cat([output[:n], model(x_t[n:], t[n:], batch.y[n:]).float()])
     wanted = target(model.config.predict, batch.x_0, batch.eps, signal, noise)
     loss = (output - wanted).square().mean((1, 2, 3))
-    return loss, loss + distil * (output - full).square().mean((1, 2, 3)) if distil > 0 else loss
+    if distil == 0:
+        return loss, loss
+    n = int((batch.share == 1).sum())  # the first ones have used all their channels already
+    with torch.no_grad(), autocast:
+        full = torch.cat([output[:n], model(x_t[n:], t[n:], batch.y[n:]).float()])
+    return loss, loss + distil * (output - full).square().mean((1, 2, 3))
 
 
 def train_step(net, state: "State", batch: Batch, s: Settings, slices: int = 1,
@@ -205,16 +204,16 @@ def train_step(net, state: "State", batch: Batch, s: Settings, slices: int = 1,
     losses = []
     parts = batch.slices(slices)
     for part in parts:
-        is_last = part is parts[-1]
-        wait = not is_last and hasattr(net, "no_sync")  # processes average once, with the last slice
-        with net.no_sync() if wait else contextlib.nullcontext():
-            sample_loss, error = denoising_loss(net, model, part, dtype, s.distil)  # (B of the slice,)
-            loss = (to_device(weight[part.t], error.device) * error).sum() / len(batch.t)
-            if is_last and s.orthogonality > 0 and model.ranks:
-                active = model.active_from(state.curriculum.t_low)
-                loss = loss + s.orthogonality * orthogonality_penalty(model, active)
-            loss.backward()
+        if isinstance(net, DistributedDataParallel):  # processes average once, with the last slice
+            net.require_backward_grad_sync = part is parts[-1]
+        sample_loss, error = denoising_loss(net, model, part, dtype, s.distil)  # (B of the slice,)
+        loss = (to_device(weight[part.t], error.device) * error).sum() / len(batch.t)
+        loss.backward()
         losses.append(sample_loss.detach())
+    if s.orthogonality > 0 and model.ranks:
+        active = model.active_from(state.curriculum.t_low)
+        penalty = s.orthogonality * orthogonality_penalty(model, active)
+        penalty.backward()
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     return torch.cat(losses)
