@@ -114,18 +114,12 @@ def learning_rate(step: int, start: int, stage: int, s: Settings) -> float:
     base = s.lr * (1 - 0.02 * stage)
     if step - start < warmup:
         return base * min(1, (step - start + 1) / warmup)
-    progress = (step - start - warmup) / max(1, s.steps - start - warmup)
+    progress = (step - start - warmup) / (s.steps - start - warmup)
     return base * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 # ----------------------------------------------------------------------------------------------------
 # One training step
-
-
-@functools.cache
-def loss_groups(noise: str) -> list[int]:
-    """First timesteps of the groups of `loss_by_group`, B.1."""
-    return cluster_timesteps(NoiseSchedule(noise).log_snr, 5)
 
 
 class Batch(NamedTuple):
@@ -247,12 +241,13 @@ def main(argv: list[str] | None = None) -> None:
                                         s.orthogonality > 0, processes.count, batch.share, s.distil > 0)
         return train_step(net, state, batch.part(mine), s, slices, dtype)
 
+    begin = time.time()
     run_steps(run, take_step)
     masked = run.masked_cost * s.steps
     saved = f", {1 - state.spent / masked:.1%} less than with masks alone" if state.spent < masked else ""
     print(f"done        {flops.amount(state.spent)} multiply-adds{saved}; "
-          f"{duration(time.time() - run.begin)} in this call")
-    if run.draws and processes.number == 0:
+          f"{duration(time.time() - begin)} in this call")
+    if run.draws:
         print(f"picture     {run.draw('final.png')}")
     print(f"more        python sample.py --run {run.folder}")
     print(f"losses      python experiments/curves.py {run.folder}")
@@ -267,13 +262,13 @@ def run_steps(run: "Run", take_step: Callable[[Batch], torch.Tensor],
     """
     s, state, processes = run.s, run.state, run.processes
     stop, stopping = Stop(), False
+    clock, first = time.time(), state.step
     while state.step < s.steps and not stopping:
         if state.curriculum.advance(state.step) and s.restart:
             state.optimizer.state.clear()  # C.3.4; the EMA of the weights goes on
         start, stage = (state.curriculum.start, state.curriculum.stage) if s.restart else (0, 0)
         lr = learning_rate(state.step, start, stage, s)
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr
+        state.optimizer.param_groups[0]["lr"] = lr
         batch = draw_batch(run.dataset, state, s)
         state.losses.append(take_step(batch))
         state.timesteps.append(batch.t)
@@ -281,17 +276,17 @@ def run_steps(run: "Run", take_step: Callable[[Batch], torch.Tensor],
         state.step += 1
 
         if len(state.losses) == s.log_every or state.step == s.steps:
-            write_log(run, lr)
+            write_log(run, lr, (state.step - first) * s.batch_size / (time.time() - clock))
         if processes.count == 1 or not state.losses:  # several agree on it when they have talked anyway
             stopping = any(processes.gather(stop.asked))
         if state.step % s.save_every == 0 or state.step == s.steps or stopping:
             before_save()
             save(run)
         due = run.draws and state.step % s.sample_every == 0 and state.step < s.steps
-        if due and state.curriculum.t_low == 1 and processes.number == 0:  # a picture takes all timesteps
+        if due and state.curriculum.t_low == 1:  # a picture takes all timesteps
             run.draw(f"step_{state.step:07d}.png")
         if not state.losses:  # images per second are counted from after what was saved and drawn
-            run.clock = time.time()
+            clock, first = time.time(), state.step
 
     stop.restore_handlers()
     end_progress()
@@ -359,10 +354,6 @@ class Run:
     dataset: Dataset
     processes: Processes
 
-    def __post_init__(self):
-        self.begin = self.clock = time.time()  # of this call; of the steps since the last line of the log
-        self.begin_step = 0
-
     @property
     def identity(self) -> dict:
         """What must be the same for a run to go on. Datasets may move, but not hold other images."""
@@ -372,7 +363,8 @@ class Run:
 
     @property
     def draws(self) -> bool:
-        return self.s.sample_every > 0 and not self.state.model.config.mean  # latents are no pictures
+        """Whether this process draws sample grids: latents are no pictures."""
+        return self.s.sample_every > 0 and not self.state.model.config.mean and self.processes.number == 0
 
     def draw(self, name: str) -> Path:
         path = self.folder / "samples" / name
@@ -497,50 +489,53 @@ def load(run: Run) -> None:
             raise ValueError(f"it has trained {run.state.step} steps, --steps {run.s.steps} takes none back")
     except Exception as error:  # a damaged file can fail in any way
         raise InputError(f"{path} does not fit: {one_line(error)}") from None
-    run.begin_step = run.state.step
 
 
 # ----------------------------------------------------------------------------------------------------
-# What is printed
+# What is logged and printed
 
 
-def write_log(run: Run, lr: float) -> None:
+@functools.cache
+def loss_groups(noise: str) -> list[int]:
+    """First timesteps of the groups of `loss_by_group`, B.1."""
+    return cluster_timesteps(NoiseSchedule(noise).log_snr, 5)
+
+
+def write_log(run: Run, lr: float, images_per_s: float) -> None:
     """A line of metrics.jsonl on the steps since the last one; the curriculum sees their losses. Those of an
     elastic model are of the shares that were drawn, and do not compare with other methods'."""
     s, state, config, curriculum = run.s, run.state, run.state.model.config, run.state.curriculum
     losses, t = run.all_losses().double(), torch.stack(state.timesteps)  # (steps, B)
     curriculum.observe(state.step - len(losses), losses.mean(1).tolist())
     losses = losses * eps_loss_factor(config.predict, state.model.noise)[t]  # reported: those of eps
-    groups = torch.tensor(loss_groups(config.noise))
-    group = torch.bucketize(t, groups, right=True) - 1
-    by_group = [losses[group == i] for i in range(len(groups))]
+    starts = loss_groups(config.noise)
+    by_group = [losses[(first <= t) & (t < end)] for first, end in zip(starts, [*starts[1:], T + 1])]
     k = max(flops.channels_from(config, curriculum.t_low).values(), default=None)
-    done = state.step - run.begin_step
-    rate = min(done, len(losses)) * s.batch_size / (time.time() - run.clock)
     line = dict(step=state.step, loss=losses.mean().item(),
                 loss_by_group=[x.mean().item() if len(x) else None for x in by_group], lr=lr,
-                stage=curriculum.stage, t_low=curriculum.t_low, t_high=T, active_rank=k, images_per_s=rate,
-                flops=state.spent)
+                stage=curriculum.stage, t_low=curriculum.t_low, t_high=T, active_rank=k,
+                images_per_s=images_per_s, flops=state.spent)
     if run.processes.number == 0:
         with open(run.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
-    left = (time.time() - run.begin) / done * (s.steps - state.step)
+    left = (s.steps - state.step) * s.batch_size / images_per_s
     show_progress(f"step {state.step}/{s.steps}, loss {line['loss']:.4f}, lr {lr:.1e}, "
                   f"stage {curriculum.stage + 1}/{len(curriculum.starts)}, rank {k or 'full'}, "
-                  f"{rate:.0f} images/s, {duration(left)} left")
+                  f"{images_per_s:.0f} images/s, {duration(left)} left")
     state.losses, state.timesteps, state.lines = [], [], state.lines + 1
 
 
 def print_summary(run: Run, given: dict, dtype: torch.dtype) -> None:
     """What will be trained, and a line for each flag that was given and changes nothing."""
-    s, dataset, config, processes = run.s, run.dataset, run.state.model.config, run.processes
+    s, state, dataset, processes = run.s, run.state, run.dataset, run.processes
+    config = state.model.config
     size, classes = config.image_size, len(dataset.classes) or "no"
-    print(f"run         {run.folder}" + (f", going on after step {run.begin_step}" if run.begin_step else ""))
+    print(f"run         {run.folder}" + (f", going on after step {state.step}" if state.step else ""))
     print(f"device      {processes.device}, {dtype}, processes: {processes.count}, compiled: {s.compile}")
     print(f"data        {dataset.name}: {len(dataset.images):,} images {size}x{size}, {classes} classes")
     print(f"model       {s.model}, {summary(config)}")
-    step, whole = (flops.amount(run.masked_cost * steps) for steps in (1, s.steps))
-    print(f"cost        {step} multiply-adds a step of {s.batch_size}, {s.steps:,} steps {whole}, "
+    print(f"cost        {flops.amount(run.masked_cost)} multiply-adds a step of {s.batch_size}, "
+          f"{s.steps:,} steps {flops.amount(run.masked_cost * s.steps)}, "
           "less what slices and curriculum save", flush=True)
     for applies, names, why in (
             (config.method == "full", "keep factorise dense_mlp_blocks orthogonality", "--method full"),
