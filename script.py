@@ -80,10 +80,9 @@ class Parser(argparse.ArgumentParser):
 
 def positive_int(text: str) -> int:
     """argparse type: a whole number of at least 1."""
-    value = int(text) if text.lstrip("-").isdecimal() else 0
-    if value < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return value
+    return int(text)
 
 
 def setting(default, help: str = "", low=-math.inf, high=math.inf, above=-math.inf,
@@ -93,7 +92,6 @@ def setting(default, help: str = "", low=-math.inf, high=math.inf, above=-math.i
 
     low, high: the smallest and the largest value; above: larger than this. parse: from what was typed to the
     value, raises InputError. A field without `help` gets no flag."""
-    choices = tuple(choices) if choices is not None else None
     return field(default=default, metadata=dict(help=help, low=low, high=high, above=above, choices=choices,
                                                 metavar=metavar, parse=parse))
 
@@ -107,16 +105,16 @@ def _kind(f) -> type:
     return f.type.__args__[0] if isinstance(f.type, types.UnionType) else f.type
 
 
-def _parser(kind: type, parse: Callable | None) -> Callable[[str], Any]:
+def _parser(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     """For argparse, whose own message would not say what is wrong."""
     def parsed(text: str):
         try:
-            return (parse or kind)(text)
+            return parse(text)
         except InputError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
-        except ValueError:
-            wanted = f"a {'whole ' if kind is int else ''}number"
-            raise argparse.ArgumentTypeError(f"{text} is not {wanted}") from None
+        except ValueError:  # of int or float
+            number = "whole number" if parse is int else "number"
+            raise argparse.ArgumentTypeError(f"{text} is not a {number}") from None
     return parsed
 
 
@@ -134,7 +132,7 @@ def add_flags(parser, dataclass, only: tuple[str, ...] | None = None) -> None:
             continue
         metavar = m["metavar"] or (None if m["choices"] else {int: "N", float: "F"}[kind])
         choices = None if m["parse"] else m["choices"]
-        parser.add_argument(flag(f.name), type=_parser(kind, m["parse"]), choices=choices, help=text,
+        parser.add_argument(flag(f.name), type=_parser(m["parse"] or kind), choices=choices, help=text,
                             metavar=metavar)
 
 
@@ -275,7 +273,6 @@ def duration(seconds: float) -> str:
 def write_then_rename(path: Path, write: Callable[[io.BufferedWriter], None]) -> None:
     """Calls `write(file)` on a temporary neighbour of `path` and renames it, so that a kill at any
     moment leaves either the old file or the new one, never half of one."""
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -299,9 +296,8 @@ def read_checkpoint(path: Path, keys: tuple[str, ...]) -> dict:
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path} does not exist; give the folder of a run of train.py") from None
     except Exception as error:  # a foreign file can fail in any way inside the unpickler
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise InputError(f"{path} cannot be loaded: it is damaged, not a PyTorch file, or holds more than "
-                         f"tensors and plain values ({reason[:120]})") from None
+                         f"tensors and plain values ({one_line(error)})") from None
     missing = [key for key in keys if not isinstance(state, dict) or key not in state]
     if missing:
         raise InputError(f"{path} is not a file that train.py wrote (it lacks {', '.join(missing)})")
@@ -351,21 +347,6 @@ def newest_run(folder: str = "runs", file: str = "model.pt") -> Path:
     if not files:
         raise InputError(f"no run under {folder}/; train one with `python train.py`, or name one")
     return files[-1].parent
-
-
-def find_run(given: dict) -> tuple[Path | None, bool]:
-    """Takes --out and --resume out of the flags that were given: the run folder that they mean, None where a
-    new one is to be made, and whether it holds a run. With --resume it need not, if there are other flags: a
-    job may be killed early. Raises InputError."""
-    folder, resume = given.pop("out", None), given.pop("resume")
-    if resume and not folder:
-        folder = newest_run(file="config.json")
-    if resume and not given and not folder.exists():
-        raise InputError(f"--resume: {folder} does not exist; name the folder of a run")
-    is_there = folder is not None and (folder / "config.json").exists()
-    if is_there and not resume:
-        raise InputError(f"{folder} already holds a run; go on with it by --resume, or choose another --out")
-    return folder, is_there
 
 
 def start_run(folder: Path, config: dict, log_lines: int) -> None:

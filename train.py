@@ -37,7 +37,7 @@ from sample import draw_grid, save_model
 from schedule import (WEIGHTINGS, T, NoiseSchedule, add_noise, elastic_shares, eps_loss_factor, loss_weight,
                       speed_tau, target)
 from script import (DEVICES, DTYPES, InputError, Parser, Processes, Stop, add_flags, check_fields,
-                    duration, end_progress, find_run, flag, numbered_folder, one_line, pick_device,
+                    duration, end_progress, flag, newest_run, numbered_folder, one_line, pick_device,
                     pick_dtype, read_checkpoint, run_script, setting, show_progress, start_run, to_device,
                     write_then_rename)
 
@@ -454,9 +454,15 @@ def read_command_line(argv: list[str] | None):
     add_flags(parser.add_argument_group("training"), Settings)
     add_flags(parser.add_argument_group("model"), Config)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    folder, is_there = find_run(given)
-    flags = given
-    if is_there:
+    flags, folder, resume = given, given.pop("out", None), given.pop("resume")
+    if resume and folder is None:
+        folder = newest_run(file="config.json")
+    if resume and not given and not folder.exists():  # with other flags: a job that was killed early
+        raise InputError(f"--resume: {folder} does not exist; name the folder of a run")
+    if folder is not None and (folder / "config.json").exists():
+        if not resume:
+            raise InputError(f"{folder} already holds a run; go on with it by --resume, "
+                             "or choose another --out")
         config, s = read_config(folder)
         flags = asdict(config) | asdict(s) | given
     return folder, choose_settings(flags), flags, given
