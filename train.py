@@ -21,7 +21,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,11 +99,9 @@ def choose_settings(given: dict) -> Settings:
     """The flags that were given, and defaults that depend on dataset, model or method. Raises InputError."""
     model = given.get("model", "tiny" if given.get("dataset", "shapes") == "shapes" else Settings.model)
     depends = dict(model=model) | (TINY if model == "tiny" else {})
-    method = given.get("method", Config.method)
-    if not method.startswith("iso"):
+    if not given.get("method", Config.method).startswith("iso"):
         depends["curriculum_groups"] = 0
-    s = Settings(**(depends | {f.name: given[f.name] for f in fields(Settings) if f.name in given}))
-    return s if method == "elastic" else replace(s, distil=0.0)  # all other samples use all their channels
+    return Settings(**(depends | {f.name: given[f.name] for f in fields(Settings) if f.name in given}))
 
 
 def learning_rate(step: int, start: int, stage: int, s: Settings) -> float:
@@ -177,7 +175,7 @@ def denoising_loss(net, model: DiT, batch: Batch, dtype: torch.dtype = torch.flo
         output = net(x_t, t, batch.y, active).float()
     wanted = target(model.config.predict, batch.x_0, batch.eps, signal, noise)
     loss = (output - wanted).square().mean((1, 2, 3))
-    if distil == 0:
+    if distil == 0 or batch.share is None:  # only an elastic model has samples of fewer channels
         return loss, loss
     n = int((batch.share == 1).sum())  # the first ones have used all their channels already
     with torch.no_grad(), autocast:
