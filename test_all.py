@@ -2099,7 +2099,7 @@ def test_an_optimiser_state_from_another_device_fits_a_fused_optimiser(run):
     theirs["optimizer"]["param_groups"][0]["fused"] = False
     state.optimizer = torch.optim.AdamW([p.detach().to("meta").requires_grad_() for p in state.model.parameters()])
     state.optimizer.param_groups[0]["fused"] = True
-    state.load_state_dict(theirs, script.Processes(CPU))
+    train.restore(state, theirs, script.Processes(CPU))
     moments = state.optimizer.state.values()
     assert len(moments) == len(theirs["model"]) and {m["step"].device.type for m in moments} == {"meta"}
     assert state.optimizer.param_groups[0]["fused"] and state.step == 6

@@ -117,7 +117,27 @@ def learning_rate(step: int, start: int, stage: int, s: Settings) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------
-# One training step
+# What is trained, and one training step
+
+
+class State:
+    """Everything that changes while a run trains, and so is saved for it to go on to the same last bit."""
+
+    def __init__(self, s: Settings, config: Config, device: torch.device):
+        torch.manual_seed(s.seed)
+        self.model = DiT(config).to(device)
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=s.lr, weight_decay=0.0,
+                                           fused=device.type in ("cpu", "cuda"))
+        noise = self.model.noise
+        starts = cluster_timesteps(noise.log_snr, max(1, s.curriculum_groups))
+        base = base_distribution(s.timesteps, noise.alpha_bar, speed_tau(noise))
+        self.curriculum = Curriculum(starts, T, s.steps, s.curriculum_share, alpha=s.curriculum_alpha,
+                                     base=base, progressive=s.curriculum_sampling == "progressive")
+        self.host_rng = torch.Generator().manual_seed(s.seed)  # of the timesteps
+        self.device_rng = torch.Generator(device).manual_seed(s.seed + 2**31)  # of everything else
+        self.step, self.spent, self.lines = 0, 0, 0  # steps done; multiply-adds spent; lines logged
+        self.losses, self.timesteps = [], []  # since the last line: (B,) of this process; (B,) of all
 
 
 class Batch(NamedTuple):
@@ -137,7 +157,7 @@ class Batch(NamedTuple):
         return [self.part(slice(int(part[0]), int(part[-1]) + 1)) for part in rows]
 
 
-def draw_batch(dataset: Dataset, state: "State", s: Settings) -> Batch:
+def draw_batch(dataset: Dataset, state: State, s: Settings) -> Batch:
     """The next batch, of all processes. Images come in random order, so that of t is free: images that need
     similarly many channels lie side by side."""
     config, device, rng = state.model.config, dataset.images.device, state.device_rng
@@ -183,7 +203,7 @@ def denoising_loss(net, model: DiT, batch: Batch, dtype: torch.dtype = torch.flo
     return loss, loss + distil * (output - full).square().mean((1, 2, 3))
 
 
-def train_step(net, state: "State", batch: Batch, s: Settings, slices: int = 1,
+def train_step(net, state: State, batch: Batch, s: Settings, slices: int = 1,
                dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """One step of AdamW on a batch; returns its denoising losses (B,), unweighted.
 
@@ -212,7 +232,7 @@ def train_step(net, state: "State", batch: Batch, s: Settings, slices: int = 1,
 
 
 @torch.no_grad()  # or every step would leave a piece of graph behind
-def update_ema(state: "State", s: Settings) -> None:
+def update_ema(state: State, s: Settings) -> None:
     """ema <- d ema + (1 - d) w, with a d that grows from 1/10, so that short runs forget their start."""
     decay = min(s.ema_decay, (1 + state.step) / (10 + state.step))
     torch._foreach_lerp_(list(state.ema.parameters()), list(state.model.parameters()), 1 - decay)
@@ -295,52 +315,8 @@ def run_steps(run: "Run", take_step: Callable[[Batch], torch.Tensor],
 
 
 # ====================================================================================================
-# Below this line: what is saved, the run folder, what is printed. Of the method only the first lines of State
-# (AdamW, the curriculum) and in write_log the losses that the curriculum sees.
-
-
-class State:
-    """Everything that changes while a run trains, and so is saved for it to go on to the same last bit."""
-
-    def __init__(self, s: Settings, config: Config, device: torch.device):
-        torch.manual_seed(s.seed)
-        self.model = DiT(config).to(device)
-        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=s.lr, weight_decay=0.0,
-                                           fused=device.type in ("cpu", "cuda"))
-        self.curriculum = Curriculum(
-            cluster_timesteps(self.model.noise.log_snr, max(1, s.curriculum_groups)), T, s.steps,
-            s.curriculum_share, alpha=s.curriculum_alpha,
-            base=base_distribution(s.timesteps, self.model.noise.alpha_bar, speed_tau(self.model.noise)),
-            progressive=s.curriculum_sampling == "progressive")
-        self.host_rng = torch.Generator().manual_seed(s.seed)  # of the timesteps
-        self.device_rng = torch.Generator(device).manual_seed(s.seed + 2**31)  # of everything else
-        self.step, self.spent, self.lines = 0, 0, 0  # steps done; multiply-adds spent; lines logged
-        self.losses, self.timesteps = [], []  # since the last line: (B,) of this process; (B,) of all
-
-    def state_dict(self) -> dict:
-        parts = {name: part.state_dict() for name, part in vars(self).items() if hasattr(part, "state_dict")}
-        generators = {name: getattr(self, name).get_state() for name in ("host_rng", "device_rng")}
-        return vars(self) | parts | generators
-
-    def load_state_dict(self, saved: dict, processes: Processes) -> None:
-        """saved: with the losses of all processes. Any exception means that it does not fit."""
-        # our own: where a state from another device says fused=False, it would not be moved to this one
-        saved["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]
-        for name, part in vars(self).items():
-            if hasattr(part, "load_state_dict"):
-                part.load_state_dict(saved[name])
-            elif isinstance(part, (int, list)):
-                setattr(self, name, type(part)(saved[name]))
-        for p, moments in self.optimizer.state.items():  # the fused kernel does not look
-            if any(moments[m].shape != p.shape for m in ("exp_avg", "exp_avg_sq")):
-                raise ValueError("the optimiser's state is of other weights")
-        self.losses = [row[processes.number::processes.count].to(processes.device) for row in self.losses]
-        self.host_rng.set_state(saved["host_rng"])
-        if saved["device"] == processes.device.type:
-            self.device_rng.set_state(saved["device_rng"])
-        else:  # another kind of generator: it goes on with other noise
-            self.device_rng.manual_seed(self.device_rng.initial_seed() + self.step)
+# Below this line: what is saved, the run folder, what is printed. Of the method only the losses that the
+# curriculum sees (write_log).
 
 
 @dataclass
@@ -396,9 +372,47 @@ def save(run: Run) -> None:
         return
     save_model(run.folder / "model.pt", state.ema, run.dataset.classes, run.s.guidance, state.step)
     # last: a kill between the two is made good when the run goes on from the older state
-    everything = state.state_dict() | dict(losses=list(losses), settings=run.identity,
-                                           device=run.processes.device.type)
+    everything = vars(state) | dict(
+        model=state.model.state_dict(), ema=state.ema.state_dict(), optimizer=state.optimizer.state_dict(),
+        curriculum=state.curriculum.state_dict(), host_rng=state.host_rng.get_state(),
+        device_rng=state.device_rng.get_state(), losses=list(losses), settings=run.identity,
+        device=run.processes.device.type)
     write_then_rename(run.folder / "state.pt", lambda file: torch.save(everything, file))
+
+
+def load(run: Run) -> None:
+    """Goes on from state.pt. Raises InputError if that is damaged or of another run."""
+    path, now = run.folder / "state.pt", run.identity
+    saved = read_checkpoint(path, (*vars(run.state), "device", "settings"))
+    try:
+        # None: older versions kept --image-size here, which may be left to the images
+        differ = [f"{flag(name)} {str(now.get(name))[:40]} (the run has {str(was)[:40]})"
+                  for name, was in saved["settings"].items() if was not in (None, now.get(name))]
+        if differ:
+            raise ValueError("cannot resume with other settings or images, but train a new run: "
+                             f"{', '.join(differ)}")
+        restore(run.state, saved, run.processes)
+        if run.state.step > run.s.steps:
+            raise ValueError(f"it has trained {run.state.step} steps, --steps {run.s.steps} takes none back")
+    except Exception as error:  # a damaged file can fail in any way
+        raise InputError(f"{path} does not fit: {one_line(error)}") from None
+
+
+def restore(state: State, saved: dict, processes: Processes) -> None:
+    """saved: with the losses of all processes. Any exception means that it does not fit."""
+    # our own: where a state from another device says fused=False, it would not be moved to this one
+    saved["optimizer"]["param_groups"] = state.optimizer.state_dict()["param_groups"]
+    for name in ("model", "ema", "optimizer", "curriculum"):
+        getattr(state, name).load_state_dict(saved[name])
+    for p, moments in state.optimizer.state.items():  # the fused kernel does not look
+        if any(moments[m].shape != p.shape for m in ("exp_avg", "exp_avg_sq")):
+            raise ValueError("the optimiser's state is of other weights")
+    state.step, state.spent, state.lines = (int(saved[name]) for name in ("step", "spent", "lines"))
+    state.losses = [row[processes.number::processes.count].to(processes.device) for row in saved["losses"]]
+    state.timesteps = list(saved["timesteps"])
+    state.host_rng.set_state(saved["host_rng"])
+    if saved["device"] == processes.device.type:  # a generator of another kind goes on with noise of its own
+        state.device_rng.set_state(saved["device_rng"])
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -475,24 +489,6 @@ def read_config(folder: Path) -> tuple[Config, Settings]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is not a run's settings, or those of an older version, whose runs still "
                          f"sample but cannot go on: train anew ({one_line(error)})") from None
-
-
-def load(run: Run) -> None:
-    """Goes on from state.pt. Raises InputError if that is damaged or of another run."""
-    path, now = run.folder / "state.pt", run.identity
-    saved = read_checkpoint(path, (*vars(run.state), "device", "settings"))
-    try:
-        # None: older versions kept --image-size here, which may be left to the images
-        differ = [f"{flag(name)} {str(now.get(name))[:40]} (the run has {str(was)[:40]})"
-                  for name, was in saved["settings"].items() if was not in (None, now.get(name))]
-        if differ:
-            raise ValueError("cannot resume with other settings or images, but train a new run: "
-                             f"{', '.join(differ)}")
-        run.state.load_state_dict(saved, run.processes)
-        if run.state.step > run.s.steps:
-            raise ValueError(f"it has trained {run.state.step} steps, --steps {run.s.steps} takes none back")
-    except Exception as error:  # a damaged file can fail in any way
-        raise InputError(f"{path} does not fit: {one_line(error)}") from None
 
 
 # ----------------------------------------------------------------------------------------------------
