@@ -528,7 +528,7 @@ def write_log(run: Run, lr: float, images_per_s: float) -> None:
 def print_summary(run: Run, given: dict, dtype: torch.dtype) -> None:
     """What will be trained, and a line for each flag that was given and changes nothing."""
     s, state, dataset, processes = run.s, run.state, run.dataset, run.processes
-    config = state.model.config
+    config, schedule = state.model.config, state.model.rank_schedule
     size, classes = config.image_size, len(dataset.classes) or "no"
     print(f"run         {run.folder}" + (f", going on after step {state.step}" if state.step else ""))
     print(f"device      {processes.device}, {dtype}, processes: {processes.count}, compiled: {s.compile}")
@@ -540,10 +540,9 @@ def print_summary(run: Run, given: dict, dtype: torch.dtype) -> None:
     for applies, names, why in (
             (config.method == "full", "keep factorise dense_mlp_blocks orthogonality", "--method full"),
             (config.method != "elastic", "distil", "only --method elastic has samples of fewer channels"),
-            (config.rank_schedule() is None, "rank_profile warm_start rank_multiple",
-             "the method has no rank schedule"),
+            (not schedule, "rank_profile warm_start rank_multiple", "the method has no rank schedule"),
             (config.method in ("full", "static"), "rho_min slices", "every sample uses all channels"),
-            (config.rank_schedule() and isinstance(config.rank_profile, tuple), "rho_min warm_start",
+            (schedule and isinstance(config.rank_profile, tuple), "rho_min warm_start",
              "the rank profile says it all"),
             (s.curriculum_groups <= 1, "curriculum_share curriculum_alpha curriculum_sampling restart",
              "there is no curriculum"),
