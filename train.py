@@ -280,7 +280,7 @@ def run_steps(run: "Run", take_step: Callable[[Batch], torch.Tensor],
     """
     s, state, processes = run.s, run.state, run.processes
     stop, stopping = Stop(), False
-    clock, first = time.time(), state.step
+    clock, timed_from = time.time(), state.step
     while state.step < s.steps and not stopping:
         if state.curriculum.advance(state.step) and s.restart:
             state.optimizer.state.clear()  # C.3.4; the EMA of the weights goes on
@@ -294,7 +294,7 @@ def run_steps(run: "Run", take_step: Callable[[Batch], torch.Tensor],
         state.step += 1
 
         if len(state.losses) == s.log_every or state.step == s.steps:
-            write_log(run, lr, (state.step - first) * s.batch_size / (time.time() - clock))
+            write_log(run, lr, (state.step - timed_from) * s.batch_size / (time.time() - clock))
         if processes.count == 1 or not state.losses:  # several agree on it when they have talked anyway
             stopping = any(processes.gather(stop.asked))
         if state.step % s.save_every == 0 or state.step == s.steps or stopping:
@@ -304,7 +304,7 @@ def run_steps(run: "Run", take_step: Callable[[Batch], torch.Tensor],
         if due and state.curriculum.t_low == 1:  # a picture takes all timesteps
             run.draw(f"step_{state.step:07d}.png")
         if not state.losses:  # images per second are counted from after what was saved and drawn
-            clock, first = time.time(), state.step
+            clock, timed_from = time.time(), state.step
 
     stop.restore_handlers()
     end_progress()
@@ -337,7 +337,7 @@ class Run:
 
     @property
     def draws(self) -> bool:
-        """Whether this process draws sample grids: latents are no pictures."""
+        """Whether this process draws sample grids. Latents are no pictures."""
         return self.s.sample_every > 0 and not self.state.model.config.mean and self.processes.number == 0
 
     def draw(self, name: str) -> Path:
