@@ -14,6 +14,7 @@ A run folder holds config.json, metrics.jsonl, state.pt (to go on), model.pt (EM
 Read model.py and curriculum.py before, sample.py after.
 """
 
+import contextlib
 import copy
 import functools
 import json
@@ -21,7 +22,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,9 +100,11 @@ def choose_settings(given: dict) -> Settings:
     """The flags that were given, and defaults that depend on dataset, model or method. Raises InputError."""
     model = given.get("model", "tiny" if given.get("dataset", "shapes") == "shapes" else Settings.model)
     depends = dict(model=model) | (TINY if model == "tiny" else {})
-    if not given.get("method", Config.method).startswith("iso"):
+    method = given.get("method", Config.method)
+    if not method.startswith("iso"):
         depends["curriculum_groups"] = 0
-    return Settings(**(depends | {f.name: given[f.name] for f in fields(Settings) if f.name in given}))
+    s = Settings(**(depends | {f.name: given[f.name] for f in fields(Settings) if f.name in given}))
+    return s if method == "elastic" else replace(s, distil=0.0)  # all other samples use all their channels
 
 
 def learning_rate(step: int, start: int, stage: int, s: Settings) -> float:
@@ -195,7 +198,7 @@ def denoising_loss(net, model: DiT, batch: Batch, dtype: torch.dtype = torch.flo
         output = net(x_t, t, batch.y, active).float()
     wanted = target(model.config.predict, batch.x_0, batch.eps, signal, noise)
     loss = (output - wanted).square().mean((1, 2, 3))
-    if distil == 0 or batch.share is None:  # only an elastic model has samples of fewer channels
+    if distil == 0:
         return loss, loss
     n = int((batch.share == 1).sum())  # the first ones have used all their channels already
     with torch.no_grad(), autocast:
@@ -216,16 +219,16 @@ def train_step(net, state: State, batch: Batch, s: Settings, slices: int = 1,
     losses = []
     parts = batch.slices(slices)
     for part in parts:
-        if isinstance(net, DistributedDataParallel):  # processes average once, with the last slice
-            net.require_backward_grad_sync = part is parts[-1]
-        sample_loss, error = denoising_loss(net, model, part, dtype, s.distil)  # (B of the slice,)
-        loss = (to_device(weight[part.t], error.device) * error).sum() / len(batch.t)
-        loss.backward()
+        is_last = part is parts[-1]
+        wait = not is_last and hasattr(net, "no_sync")  # processes average once, with the last slice
+        with net.no_sync() if wait else contextlib.nullcontext():
+            sample_loss, error = denoising_loss(net, model, part, dtype, s.distil)  # (B of the slice,)
+            loss = (to_device(weight[part.t], error.device) * error).sum() / len(batch.t)
+            if is_last and s.orthogonality > 0 and model.ranks:
+                active = model.active_from(state.curriculum.t_low)
+                loss = loss + s.orthogonality * orthogonality_penalty(model, active)
+            loss.backward()
         losses.append(sample_loss.detach())
-    if s.orthogonality > 0 and model.ranks:
-        active = model.active_from(state.curriculum.t_low)
-        penalty = s.orthogonality * orthogonality_penalty(model, active)
-        penalty.backward()
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     return torch.cat(losses)
@@ -295,7 +298,7 @@ def run_steps(run: "Run", take_step: Callable[[Batch], torch.Tensor],
 
         if len(state.losses) == s.log_every or state.step == s.steps:
             write_log(run, lr, (state.step - timed_from) * s.batch_size / (time.time() - clock))
-        if processes.count == 1 or not state.losses:  # several agree on it when they have talked anyway
+        if processes.count == 1 or not state.losses:  # several: after a log line, where they have met
             stopping = any(processes.gather(stop.asked))
         if state.step % s.save_every == 0 or state.step == s.steps or stopping:
             before_save()
@@ -411,8 +414,10 @@ def restore(state: State, saved: dict, processes: Processes) -> None:
     state.losses = [row[processes.number::processes.count].to(processes.device) for row in saved["losses"]]
     state.timesteps = list(saved["timesteps"])
     state.host_rng.set_state(saved["host_rng"])
-    if saved["device"] == processes.device.type:  # a generator of another kind goes on with noise of its own
+    if saved["device"] == processes.device.type:
         state.device_rng.set_state(saved["device_rng"])
+    else:  # another kind of generator: it goes on with other noise
+        state.device_rng.manual_seed(state.device_rng.initial_seed() + state.step)
 
 
 # ----------------------------------------------------------------------------------------------------
