@@ -141,37 +141,34 @@ TIME_WIDTH = 256  # of the sinusoidal timestep embedding: 128 frequencies, cosin
 def linear_layers(config: Config) -> tuple[LinearLayer, ...]:
     """Every linear layer of the model, in the order of the forward pass, with its rank. The patch
     convolution is not among them."""
-    d, rows = config.width, config.tokens
-    schedule = config.rank_schedule()
+    d, tokens = config.width, config.tokens
+    everywhere, layers = config.factorise == "all", []
 
-    def rank(n: int, m: int) -> int | None:
-        if config.method == "full":
-            return None
-        r = min(base_rank(config.keep, m, n), m, n)
-        return iso_compute_rank(r, schedule, min(m, n)) if config.method == "iso-compute" else r
+    def add(name: str, n: int, m: int, rows: int, low_rank: bool = True, no_input_grad: bool = False):
+        rank = None
+        if low_rank and config.method != "full":
+            rank = base_rank(config.keep, m, n)
+            if config.method == "iso-compute":
+                rank = iso_compute_rank(rank, config.rank_schedule(), min(m, n))
+        layers.append(LinearLayer(name, n, m, rows, rank, no_input_grad))
 
-    everywhere = config.factorise == "all"
-    d_to = {m: rank(d, m) for m in (d, 4 * d, 6 * d)}  # each search for a rank is done once
-    time_in = rank(TIME_WIDTH, d)
-    layers = []
     for e in range(config.embedders):
-        layers += [
-            LinearLayer(f"embedders.{e}.time_in", TIME_WIDTH, d, 1, time_in if everywhere else None, True),
-            LinearLayer(f"embedders.{e}.time_out", d, d, 1, d_to[d] if everywhere else None),
-        ]
+        add(f"embedders.{e}.time_in", TIME_WIDTH, d, 1, everywhere, no_input_grad=True)
+        add(f"embedders.{e}.time_out", d, d, 1, everywhere)
     for b in range(config.depth):
-        mlp = d_to[4 * d] if b >= config.dense_mlp_blocks else None
-        layers.append(LinearLayer(f"blocks.{b}.adaln", d, 6 * d, 1, d_to[6 * d] if everywhere else None))
-        layers += [LinearLayer(f"blocks.{b}.{name}", d, d, rows, d_to[d]) for name in ("q", "k", "v", "out")]
-        layers.append(LinearLayer(f"blocks.{b}.mlp_in", d, 4 * d, rows, mlp))
-        layers.append(LinearLayer(f"blocks.{b}.mlp_out", 4 * d, d, rows, mlp))  # as for m x n
-    layers.append(LinearLayer("final_adaln", d, 2 * d, 1))
-    layers.append(LinearLayer("final_out", d, config.patch**2 * config.channels, rows))
+        add(f"blocks.{b}.adaln", d, 6 * d, 1, everywhere)
+        for name in ("q", "k", "v", "out"):
+            add(f"blocks.{b}.{name}", d, d, tokens)
+        add(f"blocks.{b}.mlp_in", d, 4 * d, tokens, b >= config.dense_mlp_blocks)
+        add(f"blocks.{b}.mlp_out", 4 * d, d, tokens, b >= config.dense_mlp_blocks)
+    add("final_adaln", d, 2 * d, 1, low_rank=False)
+    add("final_out", d, config.patch**2 * config.channels, tokens, low_rank=False)
     return tuple(layers)
 
 
 # ----------------------------------------------------------------------------------------------------
 # Embeddings
+
 
 def timestep_embedding(t: torch.Tensor) -> torch.Tensor:
     """Sinusoids of t (B,) at 128 frequencies from 1 down to 1/10000 a step, cosines first: (B, 256)."""
@@ -321,7 +318,7 @@ class DiT(nn.Module):
         """The channels that any timestep from t_low up uses: those of a stage of the curriculum."""
         if self.rank_schedule is None:
             return None
-        return {r: Channels(self.rank_schedule.most(t_low, r)) for r in self.ranks}
+        return {r: Channels(int(self.rank_schedule.table(r)[t_low:].max())) for r in self.ranks}
 
     def forward(self, x, t, y, active: Active = None):
         """x (B, C, H, W) float, t int64 (B,) in 1..T, y int64 (B,) in 0..num_classes, where
@@ -388,14 +385,15 @@ def summary(config: Config) -> str:
     full = parameter_count(replace(config, method="full"))
     text = config.method + ("" if config.method == "full" else f" keep {config.keep:g}")
     text += f", predicts {config.predict}: {parameter_count(config):,} parameters (full rank {full:,})"
-    schedule, least = config.rank_schedule(), lambda r: r
-    if schedule:
-        least = lambda r: int(schedule.table(r).min())
-    elif config.method == "elastic":
-        least = lambda r: share_of(config.rho_min, r)
+    schedule = config.rank_schedule()
     shapes = Counter((layer.m, layer.n, layer.rank) for layer in linear_layers(config) if layer.rank)
     for (m, n, r), count in sorted(shapes.items()):
-        ranks = f"{r}" if least(r) == r else f"{least(r)}..{r}"
+        least = r
+        if schedule:
+            least = int(schedule.table(r).min())
+        elif config.method == "elastic":
+            least = share_of(config.rho_min, r)
+        ranks = f"{r}" if least == r else f"{least}..{r}"
         text += f"\n{count:16d} layers {m:5d} x {n:<5d} rank {ranks}"
         if r * (m + n) > m * n:
             text += f"  (above m n / (m + n) = {m * n / (m + n):.0f}: costs more than dense)"

@@ -5,7 +5,9 @@ have length T + 1 and are indexed by t itself. Read this file first, then lowran
 other methods stand at the end.
 """
 
+import functools
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -14,7 +16,6 @@ T = 1000
 
 # ----------------------------------------------------------------------------------------------------
 # Noise
-
 
 NOISES = ("cosine", "linear")
 
@@ -124,6 +125,127 @@ def share_of(share, r_max: int):
 
 
 Profile = tuple[tuple[int, float], ...]  # pairs (t, share): from each t on, that share of r_max
+PROFILES = ("logistic", "linear")
+
+
+@dataclass(frozen=True)
+class RankSchedule:
+    """Phi(t), how many of a layer's r_max rank channels are active at timestep t. NA-LR Eq. (2), (7).
+
+        Phi(t) = r_min + ceil((r_max - r_min) f(t)),  r_min = ceil(rho_min r_max)
+        logistic:  f(t) = sigmoid(-k (t/T - m)), k = 8, m = 0.5      linear:  f(t) = 1 - t/T
+        warm start (C.1.3):  Phi(t) = r_max for t <= floor(warm_start T)
+
+    With a profile of one's own, such as ((1, 1.0), (34, 0.6)), Phi(t) = ceil(share r_max). It may have any
+    shape, and has no use for rho_min and warm_start.
+
+    multiple (ours): Phi(t) is rounded up to a multiple of this, but never above r_max. Tensor cores like
+    8 or 16. It belongs to the model, for channels that were never trained at t must not speak there.
+
+    The paper's Phi never increases with t, so the channels used at more noise are the first of those used at
+    less (nested). It prints the two boundary conditions swapped. With the logistic profile f(T) is
+    0.018, so the ceiling keeps Phi(T) one or more above r_min; only the linear profile reaches it.
+
+    Raises ValueError for an unknown profile, one whose timesteps do not rise from 1 or whose shares lie
+    outside (0, 1], rho_min outside (0, 1], warm_start outside [0, 1] or a multiple below 1.
+    """
+    profile: str | Profile = "logistic"
+    rho_min: float = 0.4
+    warm_start: float = 0.1
+    multiple: int = 1
+
+    def __post_init__(self):
+        if isinstance(self.profile, tuple):
+            if not all(type(t) is int and type(share) in (int, float) for t, share in self.profile):
+                raise ValueError("a rank profile consists of whole timesteps and numbers as their shares")
+            starts = [t for t, _ in self.profile]
+            if starts[:1] != [1] or starts != sorted(set(starts)) or starts[-1] > T:
+                raise ValueError(f"the timesteps of a rank profile must rise from 1 and end by {T}")
+            if not all(0 < share <= 1 for _, share in self.profile):
+                raise ValueError("the shares of a rank profile must lie in (0, 1]")
+        elif self.profile not in PROFILES:
+            raise ValueError(f"rank profile {self.profile!r} is unknown; use {' or '.join(PROFILES)}")
+        if not 0 < self.rho_min <= 1:
+            raise ValueError(f"rho_min {self.rho_min} must lie in (0, 1]")
+        if not 0 <= self.warm_start <= 1:
+            raise ValueError(f"warm_start {self.warm_start} must lie in [0, 1]")
+        if type(self.multiple) is not int or self.multiple < 1:
+            raise ValueError(f"rank multiple {self.multiple!r} must be a whole number of at least 1")
+
+    @property
+    def least_share(self) -> float:
+        """No timestep has a smaller share of r_max."""
+        return self.rho_min if isinstance(self.profile, str) else min(share for _, share in self.profile)
+
+    @functools.lru_cache(100)
+    def table(self, r_max: int) -> torch.Tensor:
+        """Phi(t) for every t: int64 (T + 1,). Kept for the next call; treat it as read-only."""
+        t = torch.arange(T + 1, dtype=torch.float64)
+        if isinstance(self.profile, tuple):
+            phi = torch.full((T + 1,), share_of(self.profile[0][1], r_max))
+            for first, share in self.profile:
+                phi[first:] = share_of(share, r_max)
+        else:
+            r_min = share_of(self.rho_min, r_max)
+            if self.profile == "linear":
+                # multiplied first: (r_max - r_min)(1 - t/T) would miss exact integers by a rounding
+                grown = (r_max - r_min) * (T - t) / T
+            else:
+                grown = (r_max - r_min) * torch.sigmoid(-8 * (t / T - 0.5))
+            phi = r_min + torch.ceil(grown).long()
+            phi[:math.floor(self.warm_start * T + 1e-9) + 1] = r_max
+        return (-(-phi // self.multiple) * self.multiple).clamp(max=r_max)
+
+    def active(self, t, r_max: int):
+        """Phi(t). An int t gives an int; an integer tensor t gives an int64 tensor of its shape on its
+        device. Raises ValueError for an int t outside 0..T or r_max < 1."""
+        if r_max < 1:
+            raise ValueError(f"r_max {r_max} must be at least 1")
+        if isinstance(t, torch.Tensor):
+            return self.table(r_max).to(t.device)[t]
+        if not 0 <= t <= T:
+            raise ValueError(f"timestep {t} must lie in 0..{T}")
+        return int(self.table(r_max)[t])
+
+
+# ----------------------------------------------------------------------------------------------------
+# ISO presets (NA-LR 3.1): from the kept share of the parameters to a rank
+
+
+def base_rank(keep: float, m: int, n: int) -> int:
+    """r = floor(p m n / (m + n)), at least 1: the rank at which U and V together hold the share p of
+    the m x n weights. At p = 1 a factorised layer costs exactly as much as the dense one."""
+    return max(1, math.floor(keep * m * n / (m + n) + 1e-9))  # 1e-9: as in `share_of`
+
+
+@functools.cache  # many layers have one shape
+def iso_compute_rank(r_base: int, rank_schedule: RankSchedule, limit: int) -> int:
+    """ISO-Compute: the r_max <= limit whose schedule, averaged over the sampling timesteps, is closest
+    to r_base (the smaller one of two equally close). The timesteps are always those of 100 steps, so
+    that the model does not depend on how it will be sampled."""
+    visited = torch.tensor(sampling_timesteps(100)[:-1])
+
+    def average(r_max: int) -> float:
+        return rank_schedule.table(r_max)[visited].double().mean().item()
+
+    # the average is at least the least share of r_max
+    largest = min(limit, math.ceil(r_base / rank_schedule.least_share))
+    return min(range(min(r_base, limit), largest + 1), key=lambda r_max: abs(average(r_max) - r_base))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Elastic models (ours): any share of the channels
+
+
+def elastic_shares(n: int, rho_min: float, generator: torch.Generator | None = None) -> torch.Tensor:
+    """The shares of the channels that the n samples of an elastic model's batch draw: float64 (n,), falling.
+
+    An eighth of them uses all channels, an eighth rho_min, and the rest lies uniformly between; one draw in
+    each of n equal strata, so that every batch has its large and small ones, as the sandwich rule of Yu and
+    Huang (2019) asks for. Without a generator: the middles of the strata."""
+    u = torch.rand(n, dtype=torch.float64, generator=generator) if generator else 0.5
+    u = (torch.arange(n - 1, -1, -1, dtype=torch.float64) + u) / n
+    return (rho_min + (1 - rho_min) * (u - 1 / 8) * 8 / 6).clamp(rho_min, 1)
 
 
 def share_at(profile: Profile, t: int) -> float:
@@ -157,131 +279,6 @@ class Shares(NamedTuple):
     def differ(self) -> bool:
         """Whether the second pass computes fewer channels than the first at any t."""
         return self.guide < max(share for _, share in self.ranks or ((1, 1.0),))
-
-
-PROFILES = ("logistic", "linear")
-
-
-class RankSchedule:
-    """Phi(t), how many of a layer's r_max rank channels are active at timestep t. NA-LR Eq. (2), (7).
-
-        Phi(t) = r_min + ceil((r_max - r_min) f(t)),  r_min = ceil(rho_min r_max)
-        logistic:  f(t) = sigmoid(-steepness (t/T - midpoint)), 8 and 0.5      linear:  f(t) = 1 - t/T
-        warm start (C.1.3):  Phi(t) = r_max for t <= floor(warm_start T)
-
-    With a profile of one's own, such as ((1, 1.0), (34, 0.6)), Phi(t) = ceil(share r_max). It may have any
-    shape, and has no use for rho_min and warm_start.
-
-    multiple (ours): Phi(t) is rounded up to a multiple of this, but never above r_max. Tensor cores like
-    8 or 16. It belongs to the model, for channels that were never trained at t must not speak there.
-
-    The paper's Phi never increases with t, so the channels used at more noise are the first of those used at
-    less (nested). It prints the two boundary conditions swapped. With the logistic profile f(T) is
-    0.018, so the ceiling keeps Phi(T) one or more above r_min; only the linear profile reaches it.
-    """
-
-    def __init__(self, profile: str | Profile = "logistic", rho_min: float = 0.4, warm_start: float = 0.1,
-                 steepness: float = 8.0, midpoint: float = 0.5, multiple: int = 1):
-        """Raises ValueError for an unknown profile, one whose timesteps do not rise from 1 or whose shares
-        lie outside (0, 1], rho_min outside (0, 1], warm_start outside [0, 1] or a multiple below 1."""
-        if isinstance(profile, tuple):
-            if not all(type(t) is int and type(share) in (int, float) for t, share in profile):
-                raise ValueError("a rank profile consists of whole timesteps and numbers as their shares")
-            starts = [t for t, _ in profile]
-            if starts[:1] != [1] or starts != sorted(set(starts)) or starts[-1] > T:
-                raise ValueError(f"the timesteps of a rank profile must rise from 1 and end by {T}")
-            if not all(0 < share <= 1 for _, share in profile):
-                raise ValueError("the shares of a rank profile must lie in (0, 1]")
-        elif profile not in PROFILES:
-            raise ValueError(f"rank profile {profile!r} is unknown; use {' or '.join(PROFILES)}")
-        if not 0 < rho_min <= 1:
-            raise ValueError(f"rho_min {rho_min} must lie in (0, 1]")
-        if not 0 <= warm_start <= 1:
-            raise ValueError(f"warm_start {warm_start} must lie in [0, 1]")
-        if type(multiple) is not int or multiple < 1:
-            raise ValueError(f"rank multiple {multiple!r} must be a whole number of at least 1")
-        self.profile, self.rho_min, self.warm_start, self.multiple = profile, rho_min, warm_start, multiple
-        self.steepness, self.midpoint = steepness, midpoint
-        self._tables = {}
-
-    @property
-    def least_share(self) -> float:
-        """No timestep has a smaller share of r_max."""
-        return self.rho_min if isinstance(self.profile, str) else min(share for _, share in self.profile)
-
-    def table(self, r_max: int) -> torch.Tensor:
-        """Phi(t) for every t: int64 (T + 1,). Computed once for each r_max; treat it as read-only."""
-        if r_max not in self._tables:
-            self._tables[r_max] = self._compute(r_max)
-        return self._tables[r_max]
-
-    def _compute(self, r_max: int) -> torch.Tensor:
-        t = torch.arange(T + 1, dtype=torch.float64)
-        if isinstance(self.profile, tuple):
-            phi = torch.full((T + 1,), share_of(self.profile[0][1], r_max))
-            for first, share in self.profile:
-                phi[first:] = share_of(share, r_max)
-        else:
-            r_min = share_of(self.rho_min, r_max)
-            if self.profile == "linear":
-                # multiplied first: (r_max - r_min)(1 - t/T) would miss exact integers by a rounding
-                grown = (r_max - r_min) * (T - t) / T
-            else:
-                grown = (r_max - r_min) * torch.sigmoid(-self.steepness * (t / T - self.midpoint))
-            phi = r_min + torch.ceil(grown).long()
-            phi[:math.floor(self.warm_start * T + 1e-9) + 1] = r_max
-        return (-(-phi // self.multiple) * self.multiple).clamp(max=r_max)
-
-    def active(self, t, r_max: int):
-        """Phi(t). An int t gives an int; an integer tensor t gives an int64 tensor of its shape on its
-        device. Raises ValueError for an int t outside 0..T or r_max < 1."""
-        if r_max < 1:
-            raise ValueError(f"r_max {r_max} must be at least 1")
-        if isinstance(t, torch.Tensor):
-            return self.table(r_max).to(t.device)[t]
-        if not 0 <= t <= T:
-            raise ValueError(f"timestep {t} must lie in 0..{T}")
-        return int(self.table(r_max)[t])
-
-    def most(self, t_low: int, r_max: int) -> int:
-        """The largest Phi(t) of all t >= t_low: what a stage of the curriculum uses."""
-        return int(self.table(r_max)[t_low:].max())
-
-
-def elastic_shares(n: int, rho_min: float, generator: torch.Generator | None = None) -> torch.Tensor:
-    """The shares of the channels that the n samples of an elastic model's batch draw: float64 (n,), falling.
-
-    An eighth of them uses all channels, an eighth rho_min, and the rest lies uniformly between; one draw in
-    each of n equal strata, so that every batch has its large and small ones, as the sandwich rule of Yu and
-    Huang (2019) asks for. Without a generator: the middles of the strata."""
-    middles = torch.full((n,), 0.5, dtype=torch.float64)
-    u = torch.rand(n, dtype=torch.float64, generator=generator) if generator else middles
-    u = (torch.arange(n - 1, -1, -1) + u) / n
-    return (rho_min + (1 - rho_min) * (u - 1 / 8) * 8 / 6).clamp(rho_min, 1)
-
-
-# ----------------------------------------------------------------------------------------------------
-# ISO presets (NA-LR 3.1): from the kept share of the parameters to a rank
-
-
-def base_rank(keep: float, m: int, n: int) -> int:
-    """r = floor(p m n / (m + n)), at least 1: the rank at which U and V together hold the share p of
-    the m x n weights. At p = 1 a factorised layer costs exactly as much as the dense one."""
-    return max(1, math.floor(keep * m * n / (m + n) + 1e-9))  # 1e-9: as in `share_of`
-
-
-def iso_compute_rank(r_base: int, rank_schedule: RankSchedule, limit: int) -> int:
-    """ISO-Compute: the r_max <= limit whose schedule, averaged over the sampling timesteps, is closest
-    to r_base (the smaller one of two equally close). The timesteps are always those of 100 steps, so
-    that the model does not depend on how it will be sampled."""
-    visited = torch.tensor(sampling_timesteps(100)[:-1])
-
-    def average(r_max: int) -> float:
-        return rank_schedule.table(r_max)[visited].double().mean().item()
-
-    # the average is at least the least share of r_max
-    largest = min(limit, math.ceil(r_base / rank_schedule.least_share))
-    return min(range(min(r_base, limit), largest + 1), key=lambda r_max: abs(average(r_max) - r_base))
 
 
 # ----------------------------------------------------------------------------------------------------
