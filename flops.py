@@ -66,14 +66,9 @@ def _channels(config: Config) -> dict[int, list[int]]:
 
 
 def channels(config: Config, *t: int, share: float = 1.0) -> dict[int, int]:
-    """{r_max: channels computed}: by a sampler at t, or by a slice of a batch with these t; never more than
-    `share` of r_max."""
+    """{r_max: channels computed}: by a sampler at t, by a slice of a batch with these t, or in a stage of the
+    curriculum, of all its t; never more than `share` of r_max."""
     return {r: min(max(phi[i] for i in t), share_of(share, r)) for r, phi in _channels(config).items()}
-
-
-def channels_from(config: Config, t_low: int) -> dict[int, int]:
-    """{r_max: channels that timesteps from t_low up use}."""
-    return {r: max(phi[t_low:]) for r, phi in _channels(config).items()}
 
 
 @functools.lru_cache(10_000)
@@ -123,7 +118,7 @@ def budget_share(config: Config, budget: float) -> float:
 def penalty_step(config: Config, t_low: int = 1) -> int:
     """Multiply-adds of `lowrank.orthogonality_penalty` over the channels from t_low up: for each factor
     (k, m) the Gram matrix costs k k m, and the gradient two such products."""
-    k = channels_from(config, t_low)
+    k = channels(config, *range(t_low, T + 1))
     return sum(3 * k[layer.rank] ** 2 * (layer.n + layer.m) for layer in linear_layers(config) if layer.rank)
 
 
@@ -141,10 +136,10 @@ def train_step(config: Config, t: list[int], slices: int = 1, t_low: int = 1, pe
     share = [1.0] * len(t) if share is None else share.tolist()
     for process in range(processes):
         rows = torch.arange(process, len(t), processes)
-        for part in (part.tolist() for part in rows.tensor_split(min(slices, len(t)))):
-            if part:
-                needed = max(share[i] for i in part)
-                total += len(part) * one_image(config, *(t[i] for i in part), share=needed)[1]
+        for part in rows.tensor_split(min(slices, len(rows))):
+            part = part.tolist()
+            needed = max(share[i] for i in part)
+            total += len(part) * one_image(config, *(t[i] for i in part), share=needed)[1]
     if distil:
         total += sum(x < 1 for x in share) * one_image(config, T)[0]
     return total

@@ -515,7 +515,7 @@ def write_log(run: Run, lr: float, images_per_s: float) -> None:
     losses = losses * eps_loss_factor(config.predict, state.model.noise)[t]  # reported: those of eps
     starts = loss_groups(config.noise)
     by_group = [losses[(first <= t) & (t < end)] for first, end in zip(starts, [*starts[1:], T + 1])]
-    k = max(flops.channels_from(config, curriculum.t_low).values(), default=None)
+    k = max(flops.channels(config, *range(curriculum.t_low, T + 1)).values(), default=None)
     line = dict(step=state.step, loss=losses.mean().item(),
                 loss_by_group=[x.mean().item() if len(x) else None for x in by_group], lr=lr,
                 stage=curriculum.stage, t_low=curriculum.t_low, t_high=T, active_rank=k,
