@@ -136,15 +136,13 @@ class RankSchedule:
         logistic:  f(t) = sigmoid(-k (t/T - m)), k = 8, m = 0.5      linear:  f(t) = 1 - t/T
         warm start (C.1.3):  Phi(t) = r_max for t <= floor(warm_start T)
 
-    With a profile of one's own, such as ((1, 1.0), (34, 0.6)), Phi(t) = ceil(share r_max). It may have any
-    shape, and has no use for rho_min and warm_start.
-
-    multiple (ours): Phi(t) is rounded up to a multiple of this, but never above r_max. Tensor cores like
-    8 or 16. It belongs to the model, for channels that were never trained at t must not speak there.
-
     The paper's Phi never increases with t, so the channels used at more noise are the first of those used at
     less (nested). It prints the two boundary conditions swapped. With the logistic profile f(T) is
     0.018, so the ceiling keeps Phi(T) one or more above r_min; only the linear profile reaches it.
+
+    Ours: with a profile such as ((1, 1.0), (34, 0.6)), Phi(t) = ceil(share r_max), of any shape, without use
+    for rho_min and warm_start. And any Phi(t) is rounded up to a `multiple`, but never above r_max: already
+    when the model is trained, for channels that were never trained at t must not speak there.
 
     Raises ValueError for an unknown profile, one whose timesteps do not rise from 1 or whose shares lie
     outside (0, 1], rho_min outside (0, 1], warm_start outside [0, 1] or a multiple below 1.
@@ -171,11 +169,6 @@ class RankSchedule:
             raise ValueError(f"warm_start {self.warm_start} must lie in [0, 1]")
         if type(self.multiple) is not int or self.multiple < 1:
             raise ValueError(f"rank multiple {self.multiple!r} must be a whole number of at least 1")
-
-    @property
-    def least_share(self) -> float:
-        """No timestep has a smaller share of r_max."""
-        return self.rho_min if isinstance(self.profile, str) else min(share for _, share in self.profile)
 
     @functools.lru_cache(100)
     def table(self, r_max: int) -> torch.Tensor:
@@ -220,17 +213,17 @@ def base_rank(keep: float, m: int, n: int) -> int:
 
 @functools.cache  # many layers have one shape
 def iso_compute_rank(r_base: int, rank_schedule: RankSchedule, limit: int) -> int:
-    """ISO-Compute: the r_max <= limit whose schedule, averaged over the sampling timesteps, is closest
-    to r_base (the smaller one of two equally close). The timesteps are always those of 100 steps, so
+    """ISO-Compute: the r_max from r_base to limit whose schedule, averaged over the sampling timesteps, is
+    closest to r_base (the smaller one of two equally close). The timesteps are always those of 100 steps, so
     that the model does not depend on how it will be sampled."""
     visited = torch.tensor(sampling_timesteps(100)[:-1])
 
     def average(r_max: int) -> float:
         return rank_schedule.table(r_max)[visited].double().mean().item()
 
-    # the average is at least the least share of r_max
-    largest = min(limit, math.ceil(r_base / rank_schedule.least_share))
-    return min(range(min(r_base, limit), largest + 1), key=lambda r_max: abs(average(r_max) - r_base))
+    # the average grows with r_max: beyond the first one that reaches r_base none is closer
+    largest = next((r_max for r_max in range(r_base, limit) if average(r_max) >= r_base), limit)
+    return min(range(r_base, largest + 1), key=lambda r_max: abs(average(r_max) - r_base))
 
 
 # ----------------------------------------------------------------------------------------------------
