@@ -184,10 +184,12 @@ def longest_curriculum(steps: int, groups: int, share: float, noise: str = "cosi
 # The script: a model or a run beside its siblings
 
 
-def compare(config: Config, s, sampling_steps: int, training: int) -> list[dict]:
+def compare(config: Config, s, sampling_steps: int) -> list[dict]:
     """The model and what it is measured against: parameters, multiply-adds of a forward pass with all
     channels, of sampling an image without and with guidance (None if unconditional), of training by the
-    settings s (train.py). `training` is that of the model itself, with its slices and its curriculum."""
+    settings s (train.py): the model itself with its slices and its curriculum, the others without."""
+    stages = longest_curriculum(s.steps, s.curriculum_groups, s.curriculum_share, config.noise)
+    own = dict(stages=stages, slices=s.slices or 1, distil=s.distil > 0)
     models = {"this model": config}
     if config.method.startswith("iso"):
         models |= {"only masked": config, "static": replace(config, method="static")}
@@ -195,10 +197,11 @@ def compare(config: Config, s, sampling_steps: int, training: int) -> list[dict]
         models["full"] = replace(config, method="full")
     rows = []
     for name, c in models.items():
-        spent = training_run(c, s.steps, s.batch_size, penalty=s.orthogonality > 0) if rows else training
+        how = own if name == "this model" else {}
+        training = training_run(c, s.steps, s.batch_size, penalty=s.orthogonality > 0, **how)
         guided = sampling(c, sampling_steps, guidance=2.0) if c.num_classes else None
         rows.append(dict(name=name, params=parameter_count(c), forward=sum(p.size for p in products(c)),
-                         sampling=sampling(c, sampling_steps), sampling_guided=guided, training=spent))
+                         sampling=sampling(c, sampling_steps), sampling_guided=guided, training=training))
     return rows
 
 
@@ -206,8 +209,9 @@ def amount(n: int | None) -> str:
     """1.234 G and the like; - for None."""
     if n is None:
         return "-"
-    scale, unit = next(((s, u) for s, u in zip((1e18, 1e15, 1e12, 1e9, 1e6), "EPTGM") if n >= s), (1e3, "k"))
-    return f"{n / scale:.4g} {unit}"
+    units = {1e18: "E", 1e15: "P", 1e12: "T", 1e9: "G", 1e6: "M", 1e3: "k"}
+    scale = next((scale for scale in units if n >= scale), 1e3)
+    return f"{n / scale:.4g} {units[scale]}"
 
 
 def print_comparison(rows: list[dict], steps: int, sampling_steps: int) -> None:
@@ -260,10 +264,7 @@ def main():
         given = {name: value for name, value in vars(args).items() if value is not None}
         s = choose_settings({"model": "tiny"} | given)
         config = preset_config(s.model, given, image_size=16 if s.model == "tiny" else 32)
-        stages = longest_curriculum(s.steps, s.curriculum_groups, s.curriculum_share, config.noise)
-        spent = training_run(config, s.steps, s.batch_size, stages, s.orthogonality > 0, s.slices or 1,
-                             s.distil > 0)
-        rows = compare(config, s, args.sampling_steps, spent)
+        rows = compare(config, s, args.sampling_steps)
     except ValueError as error:
         parser.error(str(error))
     if args.json:
