@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -39,37 +40,32 @@ def guided(model: DiT, y: torch.Tensor | None, guidance: float, shares: Shares =
     """The model's answer with classifier-free guidance (Ho and Salimans 2022): out_u + w (out_c - out_u).
     Whatever the model predicts is linear in eps at a given x, so this is their formula for eps.
 
-    y: int64 (B,), or None for "no class". Passes of equal rank run as one batch. Where both would be the
-    same, or one has weight zero (w = 0, w = 1), only one is computed.
+    y: int64 (B,), or None for "no class". `Shares.passes` says which passes are needed; two of equal rank run
+    as one batch.
     """
-    none, labelled = torch.tensor(model.config.num_classes, device=model.position.device), y is not None
+    labelled = y is not None
+    none = torch.tensor(model.config.num_classes, device=model.position.device)
     y = y if labelled else none[None]
     guide = y if shares.guide_class == "same" else none.expand_as(y)
+    # what t and a label say to the model is computed once for all images of this label
+    first, second, both = (labels.unique(return_inverse=True) for labels in (y, guide, torch.cat([y, guide])))
 
-    def a_pass(labels):
-        """(x, t, share) -> the answer. What t and the labels say to the model does not depend on the image:
-        it is computed once a step for each distinct label."""
-        distinct, which = labels.unique(return_inverse=True)
-
-        def answer(x, t, share):
-            active = model.active(t, share)
-            conditions = model.condition(torch.full_like(distinct, t), distinct, active)
-            return model.denoise(x, [c[which] for c in conditions], active).float()  # c: (labels, 1, ...)
-
-        return answer
-
-    first, second, both = a_pass(y), a_pass(guide), a_pass(torch.cat([y, guide]))
+    def answer(x, t, labels, share):
+        distinct, which = labels
+        active = model.active(t, share)
+        conditions = model.condition(torch.full_like(distinct, t), distinct, active)  # each (labels, 1, ...)
+        return model.denoise(x, [c[which] for c in conditions], active).float()
 
     def output(x, t):
         share, guide_share = shares.passes(t, guidance, labelled)
         if guide_share is None:
-            return first(x, t, share)
+            return answer(x, t, first, share)
         if share is None:
-            return second(x, t, guide_share)
+            return answer(x, t, second, guide_share)
         if guide_share == share:
-            out_c, out_u = both(torch.cat([x, x]), t, share).chunk(2)
+            out_c, out_u = answer(torch.cat([x, x]), t, both, share).chunk(2)
         else:
-            out_c, out_u = first(x, t, share), second(x, t, guide_share)
+            out_c, out_u = answer(x, t, first, share), answer(x, t, second, guide_share)
         return out_u + guidance * (out_c - out_u)
 
     return output
@@ -85,10 +81,10 @@ def denoiser(model: DiT | Predictor, y: torch.Tensor | None, guidance: float, cl
     """(x, t) -> (x_0, eps), as the model sees them in x. Without a detour over eps in float32, which at t = T
     would cost x_0 four digits. model: a DiT, used with labels y and guidance, or any callable eps(x, t).
 
-    clip: x_0 is clipped to [-1, 1] and eps made to fit it: of a model that predicts eps, errors are
-    amplified 20,291 times at t = T and 64 times at 990. A model of v or x_0 does not need it there. Latents,
-    which have no bounds, are never clipped."""
-    output, predict, alpha_bar = model, "eps", noise_of(model).alpha_bar.tolist()  # Python floats: float64
+    clip: x_0 is clipped to [-1, 1] and eps made to fit it; why, `schedule.predicted_x_0_and_eps` says.
+    Latents, which have no bounds, are never clipped."""
+    alpha_bar = noise_of(model).alpha_bar.tolist()  # Python floats: float64
+    output, predict = model, "eps"
     if isinstance(model, DiT):
         output, predict = guided(model, y, guidance, shares), model.config.predict
         clip = clip and not model.config.mean
@@ -120,28 +116,22 @@ def ddim(model: DiT | Predictor, x: torch.Tensor, steps: int = 100, y: torch.Ten
     Yields x at each timestep but the first.
     """
     denoise, alpha_bar = denoiser(model, y, guidance, clip, shares), noise_of(model).alpha_bar.tolist()
-    visited = timesteps or sampling_timesteps(steps)
-    for t, t_next in zip(visited, visited[1:]):
+    for t, t_next in pairwise(timesteps or sampling_timesteps(steps)):
         x_0, eps = denoise(x, t)
         x = alpha_bar[t_next] ** 0.5 * x_0 + (1 - alpha_bar[t_next]) ** 0.5 * eps
         yield x
 
 
 @torch.no_grad()
-def ddpm(model: DiT | Predictor, x: torch.Tensor, steps: int = 100, y: torch.Tensor | None = None,
-         guidance: float = 2.0, clip: bool = True, shares: Shares = Shares(),
-         timesteps: list[int] | None = None, noise: Callable[[], torch.Tensor] | None = None
-         ) -> Iterator[torch.Tensor]:
+def ddpm(model, x, steps=100, y=None, guidance=2.0, clip=True, shares=Shares(), timesteps=None, noise=None):
     """Ancestral sampling on the chain of the visited timesteps (Ho et al. 2020, Eq. 6 and 7), with the
     posterior variance beta-tilde of that chain. The last step adds no noise.
 
-    noise: gives a new standard normal tensor like x at each call; default torch's global generator.
-    Other arguments and what it yields: as `ddim`.
+    noise: () -> a new standard normal tensor like x; default: of torch's global generator. All else: `ddim`
     """
     denoise, alpha_bar = denoiser(model, y, guidance, clip, shares), noise_of(model).alpha_bar.tolist()
-    visited = timesteps or sampling_timesteps(steps)
     noise = noise or (lambda: torch.randn_like(x))
-    for t, t_next in zip(visited, visited[1:]):
+    for t, t_next in pairwise(timesteps or sampling_timesteps(steps)):
         ab, ab_next = alpha_bar[t], alpha_bar[t_next]
         x_0, _ = denoise(x, t)
         beta = 1 - ab / ab_next  # of the step from t_next to t
@@ -152,9 +142,7 @@ def ddpm(model: DiT | Predictor, x: torch.Tensor, steps: int = 100, y: torch.Ten
 
 
 @torch.no_grad()
-def heun(model: DiT | Predictor, x: torch.Tensor, steps: int = 100, y: torch.Tensor | None = None,
-         guidance: float = 2.0, clip: bool = True, shares: Shares = Shares(),
-         timesteps: list[int] | None = None) -> Iterator[torch.Tensor]:
+def heun(model, x, steps=100, y=None, guidance=2.0, clip=True, shares=Shares(), timesteps=None):
     """Heun's second-order method in sigma = sqrt((1 - ab) / ab) (Karras et al. 2022, Algorithm 1).
 
     The slope of x / sqrt(ab) by sigma is eps, so a step of DDIM is Euler's; here the slope at its end is
@@ -162,24 +150,19 @@ def heun(model: DiT | Predictor, x: torch.Tensor, steps: int = 100, y: torch.Ten
     to some tens, and the one that reaches 0 are DDIM's. Arguments and what it yields: as `ddim`.
     """
     denoise, alpha_bar = denoiser(model, y, guidance, clip, shares), noise_of(model).alpha_bar.tolist()
-    visited = timesteps or sampling_timesteps(steps)
-    for t, t_next in zip(visited, visited[1:]):
-        (ab, ab_next), (x_0, eps) = (alpha_bar[t], alpha_bar[t_next]), denoise(x, t)
-        euler = ab_next**0.5 * x_0 + (1 - ab_next) ** 0.5 * eps
+    for t, t_next in pairwise(timesteps or sampling_timesteps(steps)):
+        ab, ab_next = alpha_bar[t], alpha_bar[t_next]
+        x_0, eps = denoise(x, t)
+        x = ab_next**0.5 * x_0 + (1 - ab_next) ** 0.5 * eps  # Euler's step
         if t < T and t_next > 0:
-            _, eps_next = denoise(euler, t_next)
-            step = ((1 - ab_next) / ab_next) ** 0.5 - ((1 - ab) / ab) ** 0.5  # of sigma
-            start = x_0 + ((1 - ab) / ab) ** 0.5 * eps  # x / sqrt(ab)
-            x = ab_next**0.5 * (start + step * (eps + eps_next) / 2)
-        else:
-            x = euler
+            _, eps_next = denoise(x, t_next)
+            sigma, sigma_next = ((1 - ab) / ab) ** 0.5, ((1 - ab_next) / ab_next) ** 0.5
+            x = ab_next**0.5 * (x_0 + sigma * eps + (sigma_next - sigma) * (eps + eps_next) / 2)
         yield x
 
 
 @torch.no_grad()
-def dpmpp(model: DiT | Predictor, x: torch.Tensor, steps: int = 100, y: torch.Tensor | None = None,
-          guidance: float = 2.0, clip: bool = True, shares: Shares = Shares(),
-          timesteps: list[int] | None = None) -> Iterator[torch.Tensor]:
+def dpmpp(model, x, steps=100, y=None, guidance=2.0, clip=True, shares=Shares(), timesteps=None):
     """DPM-Solver++ (2M) (Lu et al. 2022, Algorithm 2): second order at one pass a step.
 
     Each step is DDIM's, but towards an x_0 extrapolated from this step's and the last one's, linearly in half
@@ -188,10 +171,12 @@ def dpmpp(model: DiT | Predictor, x: torch.Tensor, steps: int = 100, y: torch.Te
     """
     denoise, alpha_bar = denoiser(model, y, guidance, clip, shares), noise_of(model).alpha_bar.tolist()
     half_log_snr = (noise_of(model).log_snr / 2).tolist()
-    visited, last_x_0, last_h = timesteps or sampling_timesteps(steps), None, None
-    for t, t_next in zip(visited, visited[1:]):
-        (ab, ab_next), (x_0, _) = (alpha_bar[t], alpha_bar[t_next]), denoise(x, t)
-        goal, h = x_0, half_log_snr[t_next] - half_log_snr[t]
+    last_x_0, last_h = None, None
+    for t, t_next in pairwise(timesteps or sampling_timesteps(steps)):
+        ab, ab_next = alpha_bar[t], alpha_bar[t_next]
+        h = half_log_snr[t_next] - half_log_snr[t]
+        x_0, _ = denoise(x, t)
+        goal = x_0
         if last_x_0 is not None and t_next > 0:
             goal = x_0 + h / (2 * last_h) * (x_0 - last_x_0)
         x = ab_next**0.5 * goal + ((1 - ab_next) / (1 - ab)) ** 0.5 * (x - ab**0.5 * goal)
@@ -231,15 +216,18 @@ def draw_images(model: DiT, indices: range, classes: list[int], seed: int = 0, s
     """
     device = model.position.device
     noise = ImageNoise(seed, indices, (model.config.channels,) + (model.config.image_size,) * 2, device)
-    labels = torch.tensor([classes[i % len(classes)] for i in indices]) if classes else None
-    y = None if labels is None else labels.to(device)
+    labels = torch.tensor([classes[i % len(classes)] if classes else 0 for i in indices])
+    y = labels.to(device) if classes else None
     more = dict(noise=noise) if sampler == "ddpm" else {}
     images = SAMPLERS[sampler](model, noise(), steps, y, guidance, clip, shares, **more)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for done, x in enumerate(images, 1):
             on_step(done)
-    images = from_unit(x, model.config.mean, model.config.std).cpu()
-    return images, torch.zeros(len(indices), dtype=torch.int64) if labels is None else labels
+    return from_unit(x, model.config.mean, model.config.std).cpu(), labels
+
+
+# ----------------------------------------------------------------------------------------------------
+# Files and the script
 
 
 def save_png(path: Path, image: torch.Tensor) -> None:
@@ -312,10 +300,6 @@ def choose_classes(text: str, names: list[str]) -> list[int]:
     return chosen
 
 
-# ----------------------------------------------------------------------------------------------------
-# The script
-
-
 @dataclass(frozen=True)
 class Options:
     """What to draw."""
@@ -358,7 +342,7 @@ def choose_shares(config: Config, o: Options) -> Shares:
                          "--ranks and --guide-share take a run of --method elastic")
     if o.budget and o.ranks is not None:
         raise InputError("--budget and --ranks exclude each other")
-    profile = None
+    profile = ((1, 1.0),)  # all channels everywhere
     if o.budget:
         least = flops.one_image(config, 1, share=config.rho_min)[0] / flops.one_image(config, 1)[0]
         if o.budget < least:
@@ -370,7 +354,7 @@ def choose_shares(config: Config, o: Options) -> Shares:
         profile = read_profile(o.ranks)
         if isinstance(profile, str):
             raise InputError(f"--ranks {o.ranks}: give a JSON file of shares")
-    lowest = min([o.guide_share] + [share for _, share in profile or ()])
+    lowest = min(o.guide_share, *(share for _, share in profile))
     if lowest < config.rho_min:
         raise InputError(f"share {lowest:g} was not trained; this run takes {config.rho_min:g} to 1")
     shares = Shares(profile, o.guide_share, o.guide_class)
