@@ -101,7 +101,8 @@ def denoiser(model: DiT | Predictor, y: torch.Tensor | None, guidance: float, cl
 
 
 # ----------------------------------------------------------------------------------------------------
-# Samplers: generators that yield x after every step, the last one being the image in [-1, 1]
+# Samplers: generators that yield x after every step, the last one being the image in [-1, 1]. All take the
+# arguments of `ddim`.
 
 
 @torch.no_grad()
@@ -127,7 +128,7 @@ def ddpm(model, x, steps=100, y=None, guidance=2.0, clip=True, shares=Shares(), 
     """Ancestral sampling on the chain of the visited timesteps (Ho et al. 2020, Eq. 6 and 7), with the
     posterior variance beta-tilde of that chain. The last step adds no noise.
 
-    noise: () -> a new standard normal tensor like x; default: of torch's global generator. All else: `ddim`
+    noise: () -> a new standard normal tensor like x; default: of torch's global generator
     """
     denoise, alpha_bar = denoiser(model, y, guidance, clip, shares), noise_of(model).alpha_bar.tolist()
     noise = noise or (lambda: torch.randn_like(x))
@@ -147,7 +148,7 @@ def heun(model, x, steps=100, y=None, guidance=2.0, clip=True, shares=Shares(), 
 
     The slope of x / sqrt(ab) by sigma is eps, so a step of DDIM is Euler's; here the slope at its end is
     averaged with that at its start, for a second pass. The step that leaves T, where sigma falls from 20,291
-    to some tens, and the one that reaches 0 are DDIM's. Arguments and what it yields: as `ddim`.
+    to some tens, and the one that reaches 0 are DDIM's.
     """
     denoise, alpha_bar = denoiser(model, y, guidance, clip, shares), noise_of(model).alpha_bar.tolist()
     for t, t_next in pairwise(timesteps or sampling_timesteps(steps)):
@@ -166,8 +167,7 @@ def dpmpp(model, x, steps=100, y=None, guidance=2.0, clip=True, shares=Shares(),
     """DPM-Solver++ (2M) (Lu et al. 2022, Algorithm 2): second order at one pass a step.
 
     Each step is DDIM's, but towards an x_0 extrapolated from this step's and the last one's, linearly in half
-    the log-SNR. The first step, which has no last one, and the one that reaches 0 are DDIM's. Arguments and
-    what it yields: as `ddim`.
+    the log-SNR. The first step, which has no last one, and the one that reaches 0 are DDIM's.
     """
     denoise, alpha_bar = denoiser(model, y, guidance, clip, shares), noise_of(model).alpha_bar.tolist()
     half_log_snr = (noise_of(model).log_snr / 2).tolist()
