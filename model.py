@@ -130,8 +130,8 @@ class LinearLayer:
     n: int
     m: int
     rows: int
-    rank: int | None = None
-    no_input_grad: bool = False
+    rank: int | None
+    no_input_grad: bool
 
 
 TIME_WIDTH = 256  # of the sinusoidal timestep embedding: 128 frequencies, cosines and sines
@@ -142,7 +142,8 @@ def linear_layers(config: Config) -> tuple[LinearLayer, ...]:
     """Every linear layer of the model, in the order of the forward pass, with its rank. The patch
     convolution is not among them."""
     d, tokens = config.width, config.tokens
-    everywhere, layers = config.factorise == "all", []
+    everywhere = config.factorise == "all"
+    layers = []
 
     def add(name: str, n: int, m: int, rows: int, low_rank: bool = True, no_input_grad: bool = False):
         rank = None
