@@ -23,7 +23,7 @@ import torch
 
 from curriculum import Curriculum, cluster_timesteps
 from model import Config, linear_layers, parameter_count, preset_config, summary
-from schedule import T, NoiseSchedule, Shares, elastic_shares, sampling_timesteps, share_of
+from schedule import T, NoiseSchedule, Shares, channels_of, elastic_shares, sampling_timesteps
 from script import Parser, add_flags, positive_int, run_script
 
 # ----------------------------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ def _channels(config: Config) -> dict[int, list[int]]:
 def channels(config: Config, *t: int, share: float = 1.0) -> dict[int, int]:
     """{r_max: channels computed}: by a sampler at t, by a slice of a batch with these t, or in a stage of the
     curriculum, of all its t; never more than `share` of r_max."""
-    return {r: min(max(phi[i] for i in t), share_of(share, r)) for r, phi in _channels(config).items()}
+    return {r: min(max(phi[i] for i in t), channels_of(share, r)) for r, phi in _channels(config).items()}
 
 
 @functools.lru_cache(10_000)
@@ -102,9 +102,9 @@ def budget_share(config: Config, budget: float) -> float:
     """The largest share of the channels whose forward pass takes at most `budget` times the multiply-adds of
     all channels. Cost grows in steps, where share * r_max passes a whole number for some r_max; the largest
     share on a step is j / r_max: these are searched. Raises ValueError if not even the first one fits."""
-    allowed = budget * one_image(config, T)[0] * (1 + 1e-12)  # a budget may be the rounded ratio of two costs
+    allowed = budget * one_image(config, 1)[0] * (1 + 1e-12)  # a budget may be the rounded ratio of two costs
     steps = sorted({j / r for r in _channels(config) for j in range(1, r + 1)})
-    fitting = bisect.bisect_right(steps, allowed, key=lambda share: one_image(config, T, share=share)[0])
+    fitting = bisect.bisect_right(steps, allowed, key=lambda share: one_image(config, 1, share=share)[0])
     if not fitting:
         raise ValueError(f"a budget of {budget:g} does not even pay for one channel in every layer")
     return steps[fitting - 1]
@@ -141,7 +141,7 @@ def train_step(config: Config, t: list[int], slices: int = 1, t_low: int = 1, pe
             needed = max(share[i] for i in part)
             total += len(part) * one_image(config, *(t[i] for i in part), share=needed)[1]
     if distil:
-        total += sum(x < 1 for x in share) * one_image(config, T)[0]
+        total += sum(x < 1 for x in share) * one_image(config, 1)[0]
     return total
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from lowrank import Active, Channels, Linear, factorise, masked_channels
 from schedule import (NOISES, PREDICTIONS, PROFILES, NoiseSchedule, RankSchedule, base_rank,
-                      iso_compute_rank, share_of)
+                      channels_of, iso_compute_rank)
 from script import InputError, check_fields, one_line, setting, to_device
 
 METHODS = ("full", "static", "iso-compute", "iso-param", "elastic")
@@ -306,7 +306,7 @@ class DiT(nn.Module):
         for r in self.ranks:
             k = torch.as_tensor(r if self.rank_schedule is None else self.rank_schedule.active(t, r))
             if share is not None:
-                k = k.clamp(max=share_of(share, r))
+                k = k.clamp(max=channels_of(share, r))
             if k.dim() == 0:
                 active[r] = Channels(int(k))
             else:
@@ -392,7 +392,7 @@ def summary(config: Config) -> str:
         if schedule:
             least = int(schedule.table(r).min())
         elif config.method == "elastic":
-            least = share_of(config.rho_min, r)
+            least = channels_of(config.rho_min, r)
         ranks = f"{r}" if least == r else f"{least}..{r}"
         text += f"\n{count:16d} layers {m:5d} x {n:<5d} rank {ranks}"
         if r * (m + n) > m * n:

@@ -101,8 +101,7 @@ def denoiser(model: DiT | Predictor, y: torch.Tensor | None, guidance: float, cl
 
 
 # ----------------------------------------------------------------------------------------------------
-# Samplers: generators that yield x after every step, the last one being the image in [-1, 1]. All take the
-# arguments of `ddim`.
+# Samplers: generators that yield x after every step, the last one being the image in [-1, 1]
 
 
 @torch.no_grad()
@@ -128,7 +127,8 @@ def ddpm(model, x, steps=100, y=None, guidance=2.0, clip=True, shares=Shares(), 
     """Ancestral sampling on the chain of the visited timesteps (Ho et al. 2020, Eq. 6 and 7), with the
     posterior variance beta-tilde of that chain. The last step adds no noise.
 
-    noise: () -> a new standard normal tensor like x; default: of torch's global generator
+    noise: () -> a new standard normal tensor like x; default: of torch's global generator. Other arguments,
+    and what it yields: as `ddim`.
     """
     denoise, alpha_bar = denoiser(model, y, guidance, clip, shares), noise_of(model).alpha_bar.tolist()
     noise = noise or (lambda: torch.randn_like(x))
@@ -148,7 +148,7 @@ def heun(model, x, steps=100, y=None, guidance=2.0, clip=True, shares=Shares(), 
 
     The slope of x / sqrt(ab) by sigma is eps, so a step of DDIM is Euler's; here the slope at its end is
     averaged with that at its start, for a second pass. The step that leaves T, where sigma falls from 20,291
-    to some tens, and the one that reaches 0 are DDIM's.
+    to some tens, and the one that reaches 0 are DDIM's. Arguments, and what it yields: as `ddim`.
     """
     denoise, alpha_bar = denoiser(model, y, guidance, clip, shares), noise_of(model).alpha_bar.tolist()
     for t, t_next in pairwise(timesteps or sampling_timesteps(steps)):
@@ -167,7 +167,8 @@ def dpmpp(model, x, steps=100, y=None, guidance=2.0, clip=True, shares=Shares(),
     """DPM-Solver++ (2M) (Lu et al. 2022, Algorithm 2): second order at one pass a step.
 
     Each step is DDIM's, but towards an x_0 extrapolated from this step's and the last one's, linearly in half
-    the log-SNR. The first step, which has no last one, and the one that reaches 0 are DDIM's.
+    the log-SNR. The first step, which has no last one, and the one that reaches 0 are DDIM's. Arguments, and
+    what it yields: as `ddim`.
     """
     denoise, alpha_bar = denoiser(model, y, guidance, clip, shares), noise_of(model).alpha_bar.tolist()
     half_log_snr = (noise_of(model).log_snr / 2).tolist()
@@ -413,8 +414,11 @@ def main():
     batch_size = o.batch_size or (100 if device.type == "cpu" else 500)
     decode = load_decoder(o, model.config, device)
     as_latents = bool(model.config.mean) and not decode
-    name = f"{o.sampler}{o.steps}_seed{o.seed}" + (".npz" if as_latents else ".png")
-    out = Path(o.out or run / "samples" / name)
+    name = f"{o.sampler}{o.steps}_seed{o.seed}"
+    for word in ("guidance", "budget", "ranks", "guide_share"):  # or they would overwrite each other
+        if (value := getattr(o, word)) != getattr(Options, word):
+            name += f"_{word}-{Path(value).stem if word == 'ranks' else value}"
+    out = Path(o.out or run / "samples" / (name + (".npz" if as_latents else ".png")))
     as_folder = out.suffix not in (".png", ".npz")
     check_out(out, as_folder)
     if as_latents and out.suffix != ".npz":

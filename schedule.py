@@ -116,7 +116,7 @@ def sampling_timesteps(n: int) -> list[int]:
 # Rank
 
 
-def share_of(share, r_max: int):
+def channels_of(share, r_max: int):
     """k = ceil(share r_max): an int for a float, int64 of its shape for a tensor. Less 1e-9 of a channel, for
     0.07 * 100 is 7.000000000000001 in floats, whose ceiling would be 8; but never 0."""
     if isinstance(share, torch.Tensor):
@@ -133,7 +133,7 @@ class RankSchedule:
     """Phi(t), how many of a layer's r_max rank channels are active at timestep t. NA-LR Eq. (2), (7).
 
         Phi(t) = r_min + ceil((r_max - r_min) f(t)),  r_min = ceil(rho_min r_max)
-        logistic:  f(t) = sigmoid(-k (t/T - m)), k = 8, m = 0.5      linear:  f(t) = 1 - t/T
+        logistic:  f(t) = sigmoid(-steepness (t/T - midpoint))      linear:  f(t) = 1 - t/T
         warm start (C.1.3):  Phi(t) = r_max for t <= floor(warm_start T)
 
     The paper's Phi never increases with t, so the channels used at more noise are the first of those used at
@@ -150,6 +150,8 @@ class RankSchedule:
     profile: str | Profile = "logistic"
     rho_min: float = 0.4
     warm_start: float = 0.1
+    steepness: float = 8.0
+    midpoint: float = 0.5
     multiple: int = 1
 
     def __post_init__(self):
@@ -175,16 +177,16 @@ class RankSchedule:
         """Phi(t) for every t: int64 (T + 1,). Kept for the next call; treat it as read-only."""
         t = torch.arange(T + 1, dtype=torch.float64)
         if isinstance(self.profile, tuple):
-            phi = torch.full((T + 1,), share_of(self.profile[0][1], r_max))
+            phi = torch.full((T + 1,), channels_of(self.profile[0][1], r_max))
             for first, share in self.profile:
-                phi[first:] = share_of(share, r_max)
+                phi[first:] = channels_of(share, r_max)
         else:
-            r_min = share_of(self.rho_min, r_max)
+            r_min = channels_of(self.rho_min, r_max)
             if self.profile == "linear":
                 # multiplied first: (r_max - r_min)(1 - t/T) would miss exact integers by a rounding
                 grown = (r_max - r_min) * (T - t) / T
             else:
-                grown = (r_max - r_min) * torch.sigmoid(-8 * (t / T - 0.5))
+                grown = (r_max - r_min) * torch.sigmoid(-self.steepness * (t / T - self.midpoint))
             phi = r_min + torch.ceil(grown).long()
             phi[:math.floor(self.warm_start * T + 1e-9) + 1] = r_max
         return (-(-phi // self.multiple) * self.multiple).clamp(max=r_max)
@@ -208,7 +210,7 @@ class RankSchedule:
 def base_rank(keep: float, m: int, n: int) -> int:
     """r = floor(p m n / (m + n)), at least 1: the rank at which U and V together hold the share p of
     the m x n weights. At p = 1 a factorised layer costs exactly as much as the dense one."""
-    return max(1, math.floor(keep * m * n / (m + n) + 1e-9))  # 1e-9: as in `share_of`
+    return max(1, math.floor(keep * m * n / (m + n) + 1e-9))  # 1e-9: as in `channels_of`
 
 
 @functools.cache  # many layers have one shape

@@ -655,7 +655,7 @@ def test_a_rank_profile_of_any_shape(profile, r_max):
     assert [schedule.share_at(profile, t) for t in range(1, T + 1)] == share[1:]
     decimals = torch.cat([torch.arange(1, 1001), torch.tensor([1e-9])]).double() / 1000  # exact, but never 0
     expected = [math.ceil(Fraction(i, 1000) * r_max) for i in range(1, 1001)] + [1]
-    assert [schedule.share_of(x, r_max) for x in decimals.tolist()] == schedule.share_of(decimals, r_max).tolist() == expected
+    assert [schedule.channels_of(x, r_max) for x in decimals.tolist()] == schedule.channels_of(decimals, r_max).tolist() == expected
 
 
 @pytest.mark.parametrize("n", [1, 3, 8, 64])

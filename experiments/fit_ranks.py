@@ -41,7 +41,7 @@ from data import Dataset, from_unit
 from lowrank import low_rank_layers
 from model import Config, DiT
 from sample import ImageNoise, ddim, load_model
-from schedule import T, Profile, Shares, add_noise, predicted_x_0_and_eps, sampling_timesteps, share_of
+from schedule import T, Profile, Shares, add_noise, channels_of, predicted_x_0_and_eps, sampling_timesteps
 from script import (DEVICES, InputError, Parser, end_progress, pick_device, positive_int, run_script,
                     show_progress)
 
@@ -266,7 +266,7 @@ def with_fewer(model: DiT, names: list[str], share: float) -> DiT:
     fewer = copy.deepcopy(model)
     for name in names:
         layer = fewer.get_submodule(name)
-        layer.U[share_of(share, layer.rank):] = 0
+        layer.U[channels_of(share, layer.rank):] = 0
     return fewer
 
 
