@@ -1598,6 +1598,14 @@ def test_sample_script_at_any_share(elastic_run, arguments, says, tmp_path, monk
     assert (f", {1 - counted[0] / full:.1%} less than" in out) == (counted[0] < full)
 
 
+def test_a_grid_that_is_asked_otherwise_has_another_name(elastic_run, tmp_path):
+    shutil.copytree(elastic_run, tmp_path / "r")
+    for arguments in ([], ["--guidance", 1.5, "--budget", 0.5], ["--guide-share", 0.25]):
+        done(sample, "--run", tmp_path / "r", "--num", 1, "--steps", 2, *arguments)
+    made = {path.name for path in (tmp_path / "r" / "samples").glob("ddim2*")}
+    assert made == {"ddim2_seed0.png", "ddim2_seed0_guidance-1.5_budget-0.5.png", "ddim2_seed0_guide_share-0.25.png"}
+
+
 def test_sample_script_refuses_files_that_are_no_runs(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refuses(sample, says="no run under runs/")
