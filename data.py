@@ -10,6 +10,7 @@ import hashlib
 import io
 import logging
 import math
+import os
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -203,9 +204,7 @@ def open_source(name: str, data_dir: str = "data", split: str = "train", image_s
     if not name or not path.exists():
         raise InputError(f"no dataset {name!r}: give {', '.join(DATASETS)}, or a folder, a .zip or a .npz")
     if path.is_dir():
-        stats = {file.relative_to(path).as_posix(): file.stat() for file in path.rglob("*") if file.is_file()}
-        stamps = {member: (stat.st_size, stat.st_mtime_ns) for member, stat in stats.items()}
-        return _from_files(path, stamps, image_size)
+        return _from_files(path, _files_below(path), image_size)
     with _refusing(f"{path} is neither a folder nor a ZIP archive, and not a readable .npz file"):
         archive = zipfile.ZipFile(path)
         for member in archive.infolist():  # the packed size that it declares may lie
@@ -213,8 +212,28 @@ def open_source(name: str, data_dir: str = "data", split: str = "train", image_s
                 raise InputError(f"{path}: {member.filename!r} unpacks over {MAX_RATIO} fold; store it")
     if path.suffix.lower() == ".npz":
         return _npz(path, archive, image_size)
-    stamps = {member.filename: (member.file_size, member.CRC) for member in archive.infolist()}
-    return _from_files(path, stamps, image_size, archive=archive)
+    # some programs write a\1.png or ./a/1.png
+    members = {m.filename.replace("\\", "/").removeprefix("./"): m for m in archive.infolist()}
+    stamps = {name: (member.file_size, member.CRC) for name, member in members.items()}
+    return _from_files(path, stamps, image_size, open_file=lambda name: archive.open(members[name]))
+
+
+def _files_below(folder: Path) -> dict[str, tuple[int, int]]:
+    """{path inside: (bytes, time of change)} of all files. Links are followed, each folder is entered once.
+    Raises OSError for one that cannot be read."""
+    def refuse(error: OSError):
+        raise error
+
+    found, entered = {}, {os.path.realpath(folder)}
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        for name in names:
+            with suppress(FileNotFoundError):  # a link to nothing
+                stat = os.stat(os.path.join(place, name))
+                found[(Path(place) / name).relative_to(folder).as_posix()] = stat.st_size, stat.st_mtime_ns
+        new = {name: os.path.realpath(os.path.join(place, name)) for name in folders}
+        folders[:] = [name for name in folders if new[name] not in entered]
+        entered.update(new.values())
+    return found
 
 
 @contextmanager
@@ -229,8 +248,11 @@ def _refusing(message: str):
         raise InputError(f"{message} ({reason})") from None
 
 
-def _from_files(path: Path, stamps: dict, size: int | None, crop: int | None = None, archive=None) -> Source:
-    """stamps: for every path inside the folder or ZIP its size in bytes, and what changes with content."""
+def _from_files(path: Path, stamps: dict, size: int | None, crop: int | None = None,
+                open_file: Callable | None = None) -> Source:
+    """stamps: for every path inside the folder or ZIP its size in bytes, and what changes with content.
+    open_file: opens one of them; default: as files of a folder"""
+    open_file = open_file or (lambda name: open(path / name, "rb"))
     names = [n for n in stamps if n.lower().endswith(IMAGE_ENDINGS) and "/." not in f"/{n}"]  # none hidden
     names.sort(key=lambda name: name.split("/"))  # no run may depend on the order of a file system
     if not names:
@@ -246,7 +268,7 @@ def _from_files(path: Path, stamps: dict, size: int | None, crop: int | None = N
 
     def decode(name: str) -> np.ndarray:
         with _refusing(f"{path}: {name!r} is not a readable image; repair or remove it"):
-            with archive.open(name) if archive else open(path / name, "rb") as file:
+            with open_file(name) as file:
                 return _pixels(file.read(stamps[name][0]), size, crop)
 
     first_shape = functools.cache(lambda: decode(names[0]).shape)

@@ -31,8 +31,9 @@ from scipy.linalg.lapack import dpstrf
 from torchvision.models import Inception3
 
 from data import Source, open_source
-from script import (InputError, Parser, check_sha256, end_progress, one_line, pick_device,
-                    positive_int, read_torchscript, run_script, sha256_of, show_progress, write_then_rename)
+from script import (InputError, Parser, check_sha256, check_writable, end_progress, one_line,
+                    pick_device, positive_int, read_torchscript, run_script, sha256_of, show_progress,
+                    write_then_rename)
 
 # ----------------------------------------------------------------------------------------------------
 # The measures
@@ -56,6 +57,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     if any(a.shape != (d,) for a in (mu1, mu2)) or any(a.shape != (d, d) for a in (sigma1, sigma2)):
         raise InputError(f"mu {mu1.shape} and {mu2.shape} or sigma {sigma1.shape} and {sigma2.shape} do not "
                          "match; both sides must come from the same features")
+    if not all((np.abs(a) < 1e75).all() for a in (mu1, sigma1, mu2, sigma2)):
+        raise InputError("mu or sigma hold NaN, infinity or more than 1e75; a covariance takes two images")
     factor, pivots, rank, _ = dpstrf(sigma1, lower=1)  # sigma1[pivots][:, pivots] = L L^T, L (D, rank)
     c = np.zeros((d, rank))
     c[pivots - 1] = np.tril(factor)[:, :rank]  # LAPACK counts from 1
@@ -117,13 +120,20 @@ def precision_recall(real: torch.Tensor, generated: torch.Tensor, k: int = 3) ->
     return share_inside(generated, real, k), share_inside(real, generated, k)
 
 
+def distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Euclidean, of the rows of a (M, D) from those of b (N, D), float64: (M, N). What rounding leaves
+    between equal rows, in products that run at full speed, is set to zero: copies have no distance."""
+    found = torch.cdist(a, b)
+    return found.masked_fill(found < 1e-6 * (a.norm(dim=1)[:, None] + b.norm(dim=1)), 0)
+
+
 def share_inside(points: torch.Tensor, centres: torch.Tensor, k: int) -> float:
     """The share of `points` (M, D) that lie inside some ball around one of `centres` (N, D). Inside is `<`,
     as in the prdc package; the paper writes `<=`, and continuous features cannot tell."""
     # k + 1, because the nearest neighbour of a centre is itself
-    radii = [torch.cdist(rows, centres).kthvalue(k + 1).values for rows in centres.split(ROWS)]
-    radii = torch.cat(radii)  # (N,)
-    inside = [(torch.cdist(rows, centres) < radii).any(1) for rows in points.split(ROWS)]
+    radii = [distances(rows, centres).kthvalue(k + 1).values for rows in centres.split(ROWS)]
+    radii = torch.cat(radii) * (1 - 1e-7)  # (N,); a point exactly as far is outside, also after rounding
+    inside = [(distances(rows, centres) < radii).any(1) for rows in points.split(ROWS)]
     return torch.cat(inside).double().mean().item()
 
 
@@ -376,6 +386,8 @@ def main():
     args = parser.parse_intermixed_args()
     if args.pr_num < 0:
         raise InputError(f"--pr-num {args.pr_num}: give 0 for no precision and recall, or a number of images")
+    if args.save_stats:
+        check_writable(args.save_stats, "--save-stats")
     device = pick_device(args.device)
     torch.backends.cudnn.allow_tf32 = False  # 10-bit products would move the features in the third digit
     extractor = file_extractor(args.features) if args.features else inception_extractor()

@@ -67,7 +67,7 @@ class Config:
     width: int = setting(384, low=1)
     heads: int = setting(6, low=1)
     patch: int = setting(2, low=1)
-    image_size: int = setting(32, low=1)
+    image_size: int = setting(32, low=1, high=2**15)
     channels: int = setting(3, low=1)
     num_classes: int = setting(10, "label rows of the model; otherwise the dataset's", low=0, high=10**6)
     noise: str = setting("cosine", "noise schedule; linear: betas from 1e-4 to 0.02", choices=NOISES)
@@ -220,7 +220,7 @@ def attention(q, k, v):
     if q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled():
         # In bfloat16 the backward pass of PyTorch's CPU kernel takes 2 (64 tokens) to 12 (16) times as long.
         with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v)
 
 

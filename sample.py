@@ -26,9 +26,9 @@ import flops
 from data import IMAGE_ENDINGS, from_unit
 from model import Config, DiT, read_profile
 from schedule import T, NoiseSchedule, Shares, predicted_x_0_and_eps, sampling_timesteps
-from script import (DEVICES, DTYPES, InputError, Parser, add_flags, check_fields, duration, end_progress,
-                    newest_run, one_line, pick_device, pick_dtype, read_checkpoint, read_torchscript,
-                    run_script, setting, show_progress, write_then_rename)
+from script import (DEVICES, DTYPES, InputError, Parser, add_flags, check_fields, check_writable,
+                    duration, end_progress, newest_run, one_line, pick_device, pick_dtype, read_checkpoint,
+                    read_torchscript, run_script, setting, show_progress, write_then_rename)
 
 # ----------------------------------------------------------------------------------------------------
 # From the model to x_0 and eps
@@ -277,6 +277,8 @@ def load_model(run: Path, device: torch.device, file: str = "model.pt") -> tuple
         model.load_state_dict(state["model"])
         if not all(isinstance(name, str) for name in state["classes"]):
             raise ValueError("classes are not names")
+        if len(state["classes"]) > model.config.num_classes:
+            raise ValueError(f"it has {len(state['classes'])} classes and {model.config.num_classes} labels")
         state["guidance"] = float(state["guidance"])
     except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         raise InputError(f"{path} does not describe a model: {one_line(error)}") from None
@@ -393,7 +395,7 @@ def check_out(out: Path, as_folder: bool) -> None:
         raise InputError(f"--out {out} exists and is not an empty folder; name another, a .png or a .npz")
     if out.suffix.lower() in IMAGE_ENDINGS + (".npz",) and (as_folder or out.is_dir()):
         raise InputError(f"--out {out}: give FILE.png, FILE.npz or the name of a folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(out, "--out")
 
 
 def main():

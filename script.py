@@ -37,6 +37,9 @@ class InputError(ValueError):
 def run_script(main: Callable[[], None]) -> None:
     """Runs a script's main(): an `InputError`, what the file system refuses, or too little memory end in one
     line on stderr and exit status 2, Ctrl-C in 130. All else is a bug of ours and keeps its traceback."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed by the shell
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may hold what a terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except BrokenPipeError:  # `... | head` closed our output: nothing to say, and nobody to say it to
@@ -80,8 +83,8 @@ class Parser(argparse.ArgumentParser):
 
 def positive_int(text: str) -> int:
     """argparse type: a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    if not text.isdecimal() or not 1 <= int(text[:20]) <= 2**31:
+        raise argparse.ArgumentTypeError(f"{text[:60]} is not a whole number of at least 1 and at most 2**31")
     return int(text)
 
 
@@ -268,6 +271,14 @@ def duration(seconds: float) -> str:
 
 # ----------------------------------------------------------------------------------------------------
 # Files
+
+
+def check_writable(path: Path, flag: str) -> None:
+    """Makes the folder that a result will be written into. What is refused is better known before the work.
+    Raises InputError or OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path if path.is_dir() else path.parent, os.W_OK):
+        raise InputError(f"{flag} {path}: you may not write there; name another place")
 
 
 def write_then_rename(path: Path, write: Callable[[io.BufferedWriter], None]) -> None:

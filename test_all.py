@@ -830,17 +830,17 @@ def test_slices_under_bfloat16_autocast():
 
 
 def test_attention_is_trained_in_float32_on_a_cpu():
-    """There alone: the sampler's stays in bfloat16, that of float64 in float64."""
-    for dtype, grad, wanted in ((torch.bfloat16, True, torch.float32), (torch.bfloat16, False, torch.bfloat16),
-                                (torch.float64, True, torch.float64)):
+    """There alone: the sampler's stays in bfloat16, that of float64 in float64. With autocast and without."""
+    for dtype, grad, autocast, wanted in ((torch.bfloat16, True, True, torch.float32),
+                                          (torch.bfloat16, True, False, torch.float32),
+                                          (torch.bfloat16, False, True, torch.bfloat16),
+                                          (torch.float64, True, False, torch.float64)):
         torch.manual_seed(0)
         q, k, v = (torch.randn(2, 3, 5, 8, dtype=dtype, requires_grad=True) for _ in range(3))
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16), torch.set_grad_enabled(grad):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.set_grad_enabled(grad):
             found = model.attention(q, k, v)
-        assert found.dtype == wanted
-        q, k, v = (x.detach().to(wanted) for x in (q, k, v))
-        exact = (q @ k.mT / 8**0.5).softmax(-1) @ v
-        assert relative(found, exact) < {torch.bfloat16: 2e-2, torch.float32: 1e-6, torch.float64: 1e-14}[wanted]
+        expected = F.scaled_dot_product_attention(*(x.detach().to(wanted) for x in (q, k, v))).to(dtype)
+        assert found.dtype == dtype and torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("method", ["full", "iso-compute"])
@@ -1099,6 +1099,32 @@ def test_folder_zip_and_npz_are_the_same_dataset(folder, tmp_path):
     assert data.load(str(path), tmp_path / "data").classes == ["a", "a-b"]
     flat = data.load(str(path / "a"), tmp_path / "data")
     assert torch.equal(flat.images, images[:6]) and flat.classes == [] and not flat.labels.any()
+
+
+def test_links_are_followed_and_names_of_other_systems_understood(folder, tmp_path):
+    """Class folders may be links, as torchvision's ImageFolder takes them, even one that leads back; a ZIP may have
+    been written with \\ or with ./ before its names. What cannot be read is not left out in silence."""
+    path, images, labels = folder
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for name in "ab":
+        (linked / name).symlink_to(path / name)
+    (path / "b" / "back").symlink_to(linked)
+    (path / "b" / "gone.png").symlink_to("nowhere")
+    with zipfile.ZipFile(tmp_path / "dot.zip", "w") as dot, zipfile.ZipFile(tmp_path / "dos.zip", "w") as dos:
+        for file in path.rglob("*.png"):
+            if file.exists():
+                dot.writestr(f"./{file.parent.name}/{file.name}", file.read_bytes())
+                dos.writestr(f"{file.parent.name}\\{file.name}", file.read_bytes())
+    for source in (linked, tmp_path / "dot.zip", tmp_path / "dos.zip"):
+        dataset = data.load(str(source), tmp_path / "data")
+        assert torch.equal(dataset.images, images) and torch.equal(dataset.labels, labels), source
+        assert dataset.classes == ["a", "b"]
+    if os.geteuid():  # root may read everything
+        (path / "b").chmod(0)
+        with pytest.raises(OSError):
+            data.open_source(str(path))
+        (path / "b").chmod(0o700)
 
 
 def test_images_are_decoded_once(folder, tmp_path, monkeypatch):
@@ -1991,6 +2017,17 @@ def test_train_script_refuses_images_and_batches_that_it_cannot_use(tmp_path, mo
     assert sorted(os.listdir()) == ["empty", "wide.npz"]
 
 
+def test_train_script_begins_afresh_where_nothing_was_saved(tmp_path):
+    """What ended before its first save, say for want of memory, left its settings and nothing else."""
+    quick_training("--steps", 2, "--out", tmp_path / "r")
+    whole = (tmp_path / "r" / "metrics.jsonl").read_text()
+    for name in ("state.pt", "model.pt"):
+        (tmp_path / "r" / name).unlink()
+    quick_training("--steps", 3, "--seed", 5, "--out", tmp_path / "r")
+    again = (tmp_path / "r" / "metrics.jsonl").read_text()
+    assert saved(tmp_path / "r", "state.pt")["step"] == 3 and again and whole not in again
+
+
 def test_train_script_keeps_a_run_that_is_there(run):
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     refuses(train, "--out", run, says=("already holds a run", "--resume"))
@@ -2272,6 +2309,12 @@ def test_frechet_distance_of_a_point():
     assert fid.frechet_distance(np.zeros(3), 0 * eye, np.ones(3), eye) == pytest.approx(6)
     with pytest.raises(script.InputError, match="same features"):
         fid.frechet_distance(np.zeros(3), eye, np.zeros(4), np.eye(4))
+    for bad in (math.nan, math.inf, 1e80):  # max(0, nan) would be a perfect score
+        for i, broken in ((0, np.full(3, bad)), (1, np.full((3, 3), bad)), (2, np.full(3, bad)), (3, np.full((3, 3), bad))):
+            sides = [np.zeros(3), eye, np.zeros(3), eye]
+            sides[i] = broken
+            with pytest.raises(script.InputError, match="NaN"):
+                fid.frechet_distance(*sides)
 
 
 @pytest.mark.parametrize("sizes", [[100], [1, 99], [30, 30, 30, 10]])
@@ -2301,6 +2344,22 @@ def test_precision_recall_by_definition(k, monkeypatch):
     expected = (distances.T < radius[0]).any(1).mean(), (distances < radius[1]).any(1).mean()
     assert fid.precision_recall(torch.tensor(real).float(), torch.tensor(fake).float(), k) == expected
     assert 0 < min(expected) and max(expected) < 1
+
+
+@pytest.mark.parametrize("seed", [11, 15, 16])
+def test_precision_recall_of_copies(seed):
+    """More than k equal images have radius 0 and let nobody in, however their distances are rounded."""
+    g = torch.Generator().manual_seed(seed)
+    real, fake = (torch.randn(60, 512, generator=g).relu() for _ in range(2))
+    copies = real[:5].repeat_interleave(12, 0)
+    real, fake = torch.cat([real, copies]), torch.cat([fake, copies])
+
+    def apart(a, b):
+        return (a.double()[:, None] - b.double()).square().sum(2)
+
+    radius = [apart(x, x).sort(1).values[:, 3] for x in (real, fake)]
+    expected = [(apart(a, b) < r).any(1).double().mean().item() for a, b, r in ((fake, real, radius[0]), (real, fake, radius[1]))]
+    assert fid.precision_recall(real, fake) == pytest.approx(tuple(expected), abs=1e-9)
 
 
 def test_precision_recall_as_prdc():

@@ -51,11 +51,12 @@ class Settings:
     """How to train. None where `choose_settings` or the machine decides."""
     dataset: str = setting("shapes", f"{', '.join(DATASETS)}, or a folder, .zip or .npz", metavar="NAME|PATH")
     data_dir: str = setting("data", "where named datasets and decoded caches are kept", metavar="DIR")
-    image_size: int | None = setting(None, "draw shapes (16), or crop and resize files, to this size", low=1)
+    image_size: int | None = setting(None, "draw shapes (16), or crop and resize files, to this size",
+                                     low=1, high=2**15)
     model: str = setting("DiT-S/2", f"{', '.join(SIZES)} with /2, /4, /8; small: photographs on a CPU; "
                          "tiny: the default for shapes", choices=PRESETS, metavar="NAME")
     steps: int = setting(800_000, "optimiser steps", low=1)
-    batch_size: int = setting(128, "images per step", low=1)
+    batch_size: int = setting(128, "images per step", low=1, high=2**31)
     lr: float = setting(1e-4, "base learning rate of AdamW; decays to zero by a cosine", above=0)
     warmup: int = setting(3000, "warm-up steps, at most 5 % of all", low=0)
     ema_decay: float = setting(0.9999, "of the weights that sampling uses", low=0, high=1)
@@ -476,10 +477,9 @@ def read_command_line(argv: list[str] | None):
         folder = newest_run(file="config.json")
     if resume and not given and not folder.exists():  # with other flags: a job that was killed early
         raise InputError(f"--resume: {folder} does not exist; name the folder of a run")
-    if folder is not None and (folder / "config.json").exists():
-        if not resume:
-            raise InputError(f"{folder} already holds a run; go on with it by --resume, "
-                             "or choose another --out")
+    if folder is not None and (folder / "state.pt").exists() and not resume:
+        raise InputError(f"{folder} already holds a run; go on with it by --resume, or choose another --out")
+    if resume and (folder / "config.json").exists():
         config, s = read_config(folder)
         flags = asdict(config) | asdict(s) | given
     return folder, choose_settings(flags), flags, given
