@@ -170,7 +170,8 @@ def pretrain(args: Namespace, s: Settings) -> None:
 
 class Run(NamedTuple):
     """A fine-tuning that is measured once. sentences: of the training set, None for all; held_out: how many
-    of it to judge by instead of the development set. trajectory: another than the method's own."""
+    of it to judge by instead of the development set. trajectory: another than the method's own. brief: of an
+    ablation, nothing is measured that its table does not show."""
     task: str
     method: str
     lr: float
@@ -180,6 +181,7 @@ class Run(NamedTuple):
     sentences: int | None = None
     held_out: int = 0
     trajectory: Trajectory | None = None
+    brief: bool = False
 
 
 def slug(words: str) -> str:
@@ -189,7 +191,7 @@ def slug(words: str) -> str:
 def run_file(lab: Lab, run: Run) -> Path:
     """Its name tells the run, and by a hash everything that it depends on."""
     own = run.trajectory or TRAJECTORIES.get(run.method)
-    of = [*run[:-1], list(own) if own else None, str(lab.dtype), lab.base_sha]
+    of = [*run[:-2], list(own) if own else None, str(lab.dtype), lab.base_sha]
     digest = hashlib.sha256(json.dumps(of).encode()).hexdigest()[:12]
     return lab.folder / "runs" / f"{slug(run.task)}-{slug(run.method)}-s{run.seed}-{digest}.json"
 
@@ -225,9 +227,11 @@ def result_of(lab: Lab, run: Run, keep: bool = False) -> dict:
         return found
     model, facts, train, judged = train_model(lab, run)
     c = lab.instructions[run.task][0]
-    if run.held_out:
+    if run.held_out or run.brief:
         found = dict(accuracy=classify.accuracy(classify.read_labels(model, judged, c, lab.dtype),
                                                 judged.label))
+        if run.brief and model.trajectory:
+            found |= classify.corrections(model, judged, c)
     else:
         found = measure(model, c, train, judged, lab.general, lab.dtype, run.seed)
     found |= facts | parameter_counts(model)
@@ -383,7 +387,7 @@ PHASED = ("adapters", "adapters in phases")  # what the phases are worth where a
 def ablation_runs(lab: Lab, rates: dict[str, float]) -> dict[tuple[str, str], list[Run]]:
     """By (question, case). Every case has the learning rate of its method in the main table."""
     s = lab.s
-    shared = dict(steps=s.ablation_steps, batch_size=s.batch_size)
+    shared = dict(steps=s.ablation_steps, batch_size=s.batch_size, brief=True)
     seeds, runs = range(s.ablation_seeds), {}
     if "LoRA-Diffusion" in rates:
         for name, trajectory in ablations().items():
