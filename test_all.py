@@ -2346,12 +2346,13 @@ def test_precision_recall_by_definition(k, monkeypatch):
     assert 0 < min(expected) and max(expected) < 1
 
 
-@pytest.mark.parametrize("seed", [11, 15, 16])
-def test_precision_recall_of_copies(seed):
-    """More than k equal images have radius 0 and let nobody in, however their distances are rounded."""
+@pytest.mark.parametrize("seed, n_real, n_fake", [(11, 60, 60), (16, 60, 60), (0, 100, 53), (1, 100, 53)])
+def test_precision_recall_of_copies(seed, n_real, n_fake):
+    """More than k equal images have radius 0 and let nobody in, and a point exactly as far as a neighbour is outside,
+    however distances are rounded."""
     g = torch.Generator().manual_seed(seed)
-    real, fake = (torch.randn(60, 512, generator=g).relu() for _ in range(2))
-    copies = real[:5].repeat_interleave(12, 0)
+    real, fake = (torch.randn(n, 512, generator=g).relu() for n in (n_real, n_fake))
+    copies = real[:3].repeat_interleave(31, 0)
     real, fake = torch.cat([real, copies]), torch.cat([fake, copies])
 
     def apart(a, b):
