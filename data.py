@@ -219,21 +219,19 @@ def open_source(name: str, data_dir: str = "data", split: str = "train", image_s
 
 
 def _files_below(folder: Path) -> dict[str, tuple[int, int]]:
-    """{path inside: (bytes, time of change)} of all files. Links are followed, each folder is entered once.
-    Raises OSError for one that cannot be read."""
+    """{path inside: (bytes, time of change)} of all files; links are followed. Raises OSError for a folder
+    that cannot be read, InputError for one that is there twice, as in a circle of links."""
     def refuse(error: OSError):
         raise error
 
-    found, entered = {}, {os.path.realpath(folder)}
-    for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        for name in names:
-            with suppress(FileNotFoundError):  # a link to nothing
-                stat = os.stat(os.path.join(place, name))
-                found[(Path(place) / name).relative_to(folder).as_posix()] = stat.st_size, stat.st_mtime_ns
-        new = {name: os.path.realpath(os.path.join(place, name)) for name in folders}
-        folders[:] = [name for name in folders if new[name] not in entered]
-        entered.update(new.values())
-    return found
+    files, entered = [], set()
+    for place, _, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if os.path.realpath(place) in entered:
+            raise InputError(f"{place} is a link to a folder that is there already; remove it")
+        entered.add(os.path.realpath(place))
+        files += [Path(place, name) for name in names]
+    stats = {file.relative_to(folder).as_posix(): file.stat() for file in files if file.is_file()}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
 @contextmanager

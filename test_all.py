@@ -1102,14 +1102,13 @@ def test_folder_zip_and_npz_are_the_same_dataset(folder, tmp_path):
 
 
 def test_links_are_followed_and_names_of_other_systems_understood(folder, tmp_path):
-    """Class folders may be links, as torchvision's ImageFolder takes them, even one that leads back; a ZIP may have
-    been written with \\ or with ./ before its names. What cannot be read is not left out in silence."""
+    """Class folders may be links, as torchvision's ImageFolder takes them; a ZIP may have been written with \\ or with
+    ./ before its names. What cannot be read is not left out in silence, and nothing is read for ever."""
     path, images, labels = folder
     linked = tmp_path / "linked"
     linked.mkdir()
     for name in "ab":
         (linked / name).symlink_to(path / name)
-    (path / "b" / "back").symlink_to(linked)
     (path / "b" / "gone.png").symlink_to("nowhere")
     with zipfile.ZipFile(tmp_path / "dot.zip", "w") as dot, zipfile.ZipFile(tmp_path / "dos.zip", "w") as dos:
         for file in path.rglob("*.png"):
@@ -1120,6 +1119,9 @@ def test_links_are_followed_and_names_of_other_systems_understood(folder, tmp_pa
         dataset = data.load(str(source), tmp_path / "data")
         assert torch.equal(dataset.images, images) and torch.equal(dataset.labels, labels), source
         assert dataset.classes == ["a", "b"]
+    (path / "b" / "back").symlink_to(path)
+    with pytest.raises(script.InputError, match="back is a link"):
+        data.open_source(str(path))
     if os.geteuid():  # root may read everything
         (path / "b").chmod(0)
         with pytest.raises(OSError):
