@@ -1626,6 +1626,15 @@ def test_sample_script_at_any_share(elastic_run, arguments, says, tmp_path, monk
     assert (f", {1 - counted[0] / full:.1%} less than" in out) == (counted[0] < full)
 
 
+def test_output_that_is_closed_or_knows_few_letters(elastic_run, tmp_path):
+    """Neither is a reason to stop: a shell may close stdout, a terminal may not show the name of a folder."""
+    shutil.copytree(elastic_run, tmp_path / "Läufe")
+    command = f"{sys.executable} {sample.__file__} --run {tmp_path}/Läufe --num 1 --steps 2"
+    for shell in (f"{command} >&-", f"PYTHONIOENCODING=ascii {command}"):
+        done = subprocess.run(shell, shell=True, capture_output=True, text=True, timeout=120)
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+
+
 def test_a_grid_that_is_asked_otherwise_has_another_name(elastic_run, tmp_path):
     shutil.copytree(elastic_run, tmp_path / "r")
     for arguments in ([], ["--guidance", 1.5, "--budget", 0.5], ["--guide-share", 0.25]):
@@ -2017,6 +2026,15 @@ def test_train_script_refuses_images_and_batches_that_it_cannot_use(tmp_path, mo
     monkeypatch.setattr(train, "Processes", lambda device: two)
     refuses(train, *QUICK, "--batch-size", 7, "--out", "r", says=("--batch-size 7", "multiple", "2"))
     assert sorted(os.listdir()) == ["empty", "wide.npz"]
+
+
+def test_numbers_beyond_all_bounds_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("--image-size", "--batch-size"):
+        refuses(train, name, 2**62, "--out", "r", says=(name, "at most"))
+    for name in ("--num", "--image-size", "--batch-size"):
+        refuses(fid, "shapes", "shapes", name, "1" + "0" * 30, says=(name, "at most"))
+    assert os.listdir() == []
 
 
 def test_train_script_begins_afresh_where_nothing_was_saved(tmp_path):
