@@ -226,9 +226,10 @@ def _files_below(folder: Path) -> dict[str, tuple[int, int]]:
 
     files, entered = [], set()
     for place, _, names in os.walk(folder, onerror=refuse, followlinks=True):
-        if os.path.realpath(place) in entered:
+        real = os.path.realpath(place)
+        if real in entered:
             raise InputError(f"{place} is a link to a folder that is there already; remove it")
-        entered.add(os.path.realpath(place))
+        entered.add(real)
         files += [Path(place, name) for name in names]
     stats = {file.relative_to(folder).as_posix(): file.stat() for file in files if file.is_file()}
     return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}

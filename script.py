@@ -83,7 +83,7 @@ class Parser(argparse.ArgumentParser):
 
 def positive_int(text: str) -> int:
     """argparse type: a whole number of at least 1."""
-    if not text.isdecimal() or not 1 <= int(text[:20]) <= 2**31:
+    if not text.isdecimal() or not 1 <= int(text) <= 2**31:
         raise argparse.ArgumentTypeError(f"{text[:60]} is not a whole number of at least 1 and at most 2**31")
     return int(text)
 

@@ -170,8 +170,8 @@ def pretrain(args: Namespace, s: Settings) -> None:
 
 class Run(NamedTuple):
     """A fine-tuning that is measured once. sentences: of the training set, None for all; held_out: how many
-    of it to judge by instead of the development set. trajectory: another than the method's own. brief: of an
-    ablation, nothing is measured that its table does not show."""
+    of it to judge by instead of the development set. brief: of an ablation, nothing is measured that its
+    table does not show. trajectory: another than the method's own."""
     task: str
     method: str
     lr: float
@@ -180,8 +180,8 @@ class Run(NamedTuple):
     seed: int
     sentences: int | None = None
     held_out: int = 0
-    trajectory: Trajectory | None = None
     brief: bool = False
+    trajectory: Trajectory | None = None
 
 
 def slug(words: str) -> str:
@@ -191,7 +191,7 @@ def slug(words: str) -> str:
 def run_file(lab: Lab, run: Run) -> Path:
     """Its name tells the run, and by a hash everything that it depends on."""
     own = run.trajectory or TRAJECTORIES.get(run.method)
-    of = [*run[:-2], list(own) if own else None, str(lab.dtype), lab.base_sha]
+    of = [*run[:-1], list(own) if own else None, str(lab.dtype), lab.base_sha]
     digest = hashlib.sha256(json.dumps(of).encode()).hexdigest()[:12]
     return lab.folder / "runs" / f"{slug(run.task)}-{slug(run.method)}-s{run.seed}-{digest}.json"
 

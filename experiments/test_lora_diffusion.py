@@ -843,3 +843,10 @@ def test_images_from_end_to_end(small_dit, tmp_path, monkeypatch):
     assert "step" not in said  # the second time everything was there
     refuses(*flags, "--steps", 4, module=lora_images, says="base of other settings")
     refuses(*flags, "--sampling-steps", 2000, module=lora_images, says="at most 1000")
+
+
+def test_a_brief_run_is_never_taken_for_a_whole_one(tmp_path):
+    """An ablation of as many steps as the table's run lacks what the table shows."""
+    lab = SimpleNamespace(folder=tmp_path, dtype=torch.float32, base_sha="0")
+    whole = lora_diffusion.Run("SST-2", "head only", 1e-3, 500, 128, 0)
+    assert lora_diffusion.run_file(lab, whole) != lora_diffusion.run_file(lab, whole._replace(brief=True))
