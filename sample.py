@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.utils import make_grid
 
 import flops
 from data import IMAGE_ENDINGS, from_unit
@@ -243,6 +242,7 @@ def grid_columns(classes: int) -> int:
 
 def save_grid(path: Path, images: torch.Tensor, columns: int) -> None:
     """One PNG of uint8 images (n, 3, H, W), row by row, small ones enlarged by whole pixels."""
+    from torchvision.utils import make_grid  # here: it brings torch's compiler, and would double every start
     scale = max(1, 64 // images.shape[-1])
     images = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     save_png(path, make_grid(images, nrow=columns, padding=2))
