@@ -21,11 +21,11 @@ def uniform(T: int, first: int = 1, last: int | None = None) -> torch.Tensor:
     return p / p.sum()
 
 
-def speed(T: int, tau: int = 700, times: float = 2.0) -> torch.Tensor:
-    """SpeeD (Wang et al. 2024): t <= tau drawn `times` as often as later ones. tau: `schedule.speed_tau`"""
+def speed(T: int, tau: int = 700) -> torch.Tensor:
+    """SpeeD (Wang et al. 2024): t <= tau drawn twice as often as later ones. tau: `schedule.speed_tau`"""
     p = torch.ones(T + 1, dtype=torch.float64)
     p[0] = 0
-    p[1:tau + 1] = times
+    p[1:tau + 1] = 2
     return p / p.sum()
 
 
@@ -51,8 +51,8 @@ def clts(T: int, progress: float, mean: float = 300.0, deviation: float = 200.0)
     return (1 - progress) * uniform(T) + progress * gaussian / gaussian.sum()
 
 
-TIMESTEPS = ("uniform", "stratified", *(name + suffix for name in ("speed", "log-normal", "clts")
-                                        for suffix in ("", "-stratified")))
+TIMESTEPS = ("uniform", "stratified", "speed", "speed-stratified", "log-normal", "log-normal-stratified",
+             "clts", "clts-stratified")
 
 
 def base_distribution(name: str, alpha_bar: torch.Tensor, tau: int) -> torch.Tensor:

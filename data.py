@@ -157,9 +157,6 @@ class Source:
     classes: list[str]  # their names, by label; empty without labels
     cache_key: str | None = None  # changes with the content; None where reading is fast already
 
-    def __len__(self) -> int:
-        return self.n
-
 
 def load(name: str, data_dir: str = "data", split: str = "train", image_size: int | None = None,
          num: int = 20_000, seed: int = 0) -> Dataset:

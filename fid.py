@@ -5,7 +5,7 @@
     python fid.py samples.npz shapes --features shapes_clf.features.pt
 
 The last one is the reference; those before it are generated and measured as one set, so that several
-processes can each draw a part (`sample.py --first N --num M --out part.npz`). Reads after data.py.
+processes can each draw a part (`sample.py --first N --num M --out part.npz`). Read data.py before.
 
 The network is the Inception of 2015 that every published FID uses. With --features FILE, which
 experiments/classifier.py writes, the distance is called `frechet_distance`, never FID. Figures compare only
@@ -45,7 +45,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
         |mu1 - mu2|^2 + tr sigma1 + tr sigma2 - 2 tr (sigma1 sigma2)^(1/2)
 
     mu (D,), sigma (D, D), arrays or CPU tensors; computed in float64. sigma may be rank deficient, as it is
-    with fewer images than dimensions. Raises InputError if shapes do not match.
+    with fewer images than dimensions. Raises InputError if shapes do not match or a number is not finite.
 
     The last trace needs no matrix square root. Write sigma1 = C C^T; then sigma1 sigma2 and the symmetric
     matrix C^T sigma2 C have the same non-zero eigenvalues, and the trace is the sum of their square roots.
@@ -203,7 +203,7 @@ def measure(source: Source, extractor: Extractor, device: torch.device, batch_si
             num: int | None = None, pr_num: int = 50_000) -> Side:
     """Sends the uint8 images (all, or `num` of them) through the network once, in a random order, always the
     same: files are often sorted by class. Kept are sums, the features of the first `pr_num`, and logits."""
-    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:num]
+    order = torch.randperm(source.n, generator=torch.Generator().manual_seed(0))[:num]
     if len(order) < 2:
         raise InputError(f"{source.name}: {len(order)} image has no covariance; give at least 2, or 10,000 "
                          "for a figure to trust")
@@ -291,7 +291,7 @@ STATISTICS = ("mu", "sigma", "n", "features")  # of Side, in a .npz of statistic
 
 
 def save_statistics(path: Path, side: Side, *more: str) -> None:
-    """Writes the STATISTICS (EDM, pytorch-fid and the ADM suite read the first) and what else is named."""
+    """Writes the STATISTICS (EDM, pytorch-fid and the ADM suite read mu and sigma) and what else is named."""
     arrays = {key: getattr(side, key) for key in STATISTICS + more if getattr(side, key) is not None}
     write_then_rename(path, lambda file: np.savez(file, **arrays))
 
@@ -322,7 +322,7 @@ def measure_once(source, extractor, device, batch_size, num, pr_num, cache: Path
     """`measure`, or what it gave before for the same images and features, kept in the folder `cache`."""
     content = hashlib.sha256(str((source.cache_key, extractor.name, num, pr_num)).encode())
     if not source.cache_key:
-        for i in range(0, len(source), 1024):
+        for i in range(0, source.n, 1024):
             images = source.read(i, i + 1024)
             content.update(str(images.shape).encode() + images.contiguous().numpy().tobytes())
     path = cache / f"fid-{content.hexdigest()[:32]}.npz"
@@ -357,7 +357,7 @@ def open_side(names: list[str], extractor: Extractor, args) -> Side | Source:
         raise InputError(f"{', '.join(names)}: what is measured as one set must be uint8 images of one size")
     if len(sources) == 1:
         return sources[0]
-    places = [(source, i) for source in sources for i in range(len(source))]
+    places = [(source, i) for source in sources for i in range(source.n)]
 
     def read(first: int, last: int) -> torch.Tensor:
         return torch.cat([source.read(i, i + 1) for source, i in places[first:last]])

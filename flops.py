@@ -65,7 +65,7 @@ def _channels(config: Config) -> dict[int, list[int]]:
     return {r: schedule.table(r).tolist() if schedule else [r] * (T + 1) for r in ranks}
 
 
-def channels(config: Config, *t: int, share: float = 1.0) -> dict[int, int]:
+def active_channels(config: Config, *t: int, share: float = 1.0) -> dict[int, int]:
     """{r_max: channels computed}: by a sampler at t, by a slice of a batch with these t, or in a stage of the
     curriculum, of all its t; never more than `share` of r_max."""
     return {r: min(max(phi[i] for i in t), channels_of(share, r)) for r, phi in _channels(config).items()}
@@ -79,8 +79,8 @@ def _cost(config: Config, *k: int) -> tuple[int, int]:
 
 
 def one_image(config: Config, *t: int, share: float = 1.0) -> tuple[int, int]:
-    """Multiply-adds of one image with these `channels`: (forward pass, forward and backward pass)."""
-    return _cost(config, *channels(config, *t, share=share).values())
+    """Multiply-adds of one image with these `active_channels`: (forward pass, forward and backward pass)."""
+    return _cost(config, *active_channels(config, *t, share=share).values())
 
 
 def sampling(config: Config, steps: int = 100, guidance: float = 1.0, shares: Shares = Shares(),
@@ -102,6 +102,7 @@ def budget_share(config: Config, budget: float) -> float:
     """The largest share of the channels whose forward pass takes at most `budget` times the multiply-adds of
     all channels. Cost grows in steps, where share * r_max passes a whole number for some r_max; the largest
     share on a step is j / r_max: these are searched. Raises ValueError if not even the first one fits."""
+    # t = 1 stands for any t: an elastic model has no rank schedule
     allowed = budget * one_image(config, 1)[0] * (1 + 1e-12)  # a budget may be the rounded ratio of two costs
     steps = sorted({j / r for r in _channels(config) for j in range(1, r + 1)})
     fitting = bisect.bisect_right(steps, allowed, key=lambda share: one_image(config, 1, share=share)[0])
@@ -118,7 +119,7 @@ def budget_share(config: Config, budget: float) -> float:
 def penalty_step(config: Config, t_low: int = 1) -> int:
     """Multiply-adds of `lowrank.orthogonality_penalty` over the channels from t_low up: for each factor
     (k, m) the Gram matrix costs k k m, and the gradient two such products."""
-    k = channels(config, *range(t_low, T + 1))
+    k = active_channels(config, *range(t_low, T + 1))
     return sum(3 * k[layer.rank] ** 2 * (layer.n + layer.m) for layer in linear_layers(config) if layer.rank)
 
 
@@ -162,12 +163,11 @@ def training_run(config: Config, steps: int, batch_size: int, stages: list[tuple
     for stage, (n, t_low) in enumerate(plan):
         curriculum.stage = stage
         t = torch.searchsorted(curriculum.probabilities().cumsum(0), middles).clamp(max=T).tolist()
-        t.sort(key=lambda i: -sum(channels(config, i).values()))  # by falling rank, as a batch is
+        t.sort(key=lambda i: -sum(active_channels(config, i).values()))  # by falling rank, as a batch is
         total += n * train_step(config, t, slices, t_low, penalty, 1, share, distil)
     return total
 
 
-@functools.cache
 def longest_curriculum(steps: int, groups: int, share: float, noise: str = "cosine") -> list[tuple[int, int]]:
     """The stages of a run whose groups of timesteps all come as late as curriculum.py allows, for
     `training_run`: no loss reaches a plateau before. groups: 0 or 1 for none."""
@@ -205,10 +205,8 @@ def compare(config: Config, s, sampling_steps: int) -> list[dict]:
     return rows
 
 
-def amount(n: int | None) -> str:
-    """1.234 G and the like; - for None."""
-    if n is None:
-        return "-"
+def amount(n: int) -> str:
+    """1.234 G and the like."""
     units = {1e18: "E", 1e15: "P", 1e12: "T", 1e9: "G", 1e6: "M", 1e3: "k"}
     scale = next((scale for scale in units if n >= scale), 1e3)
     return f"{n / scale:.4g} {units[scale]}"
@@ -219,7 +217,7 @@ def print_comparison(rows: list[dict], steps: int, sampling_steps: int) -> None:
     print(f"\n{'multiply-adds':15}{'parameters':>11}{'forward':>10}{f'{sampling_steps} steps':>12}"
           f"{'saved':>8}{'guided':>10}{f'{steps:,} training steps':>26}{'saved':>8}")
     for row in rows:
-        n = {key: amount(value) for key, value in row.items() if key != "name"}
+        n = {key: amount(value) if value else "-" for key, value in row.items() if key != "name"}
         saved = {key: f"{1 - rows[0][key] / row[key]:.1%}" for key in ("sampling", "training")}
         print(f"{row['name']:15}{n['params']:>11}{n['forward']:>10}{n['sampling']:>12}{saved['sampling']:>8}"
               f"{n['sampling_guided']:>10}{n['training']:>26}{saved['training']:>8}")
@@ -237,7 +235,7 @@ def chart(config: Config) -> list[str]:
     layer = max((layer for layer in linear_layers(config) if layer.rank), key=lambda layer: layer.rank)
     lines = [f"   t  {f'active channels of {layer.name}, of {layer.rank}':37}  multiply-adds of a pass"]
     for t in CHART_T:
-        k, cost = channels(config, t)[layer.rank], one_image(config, t)[0]
+        k, cost = active_channels(config, t)[layer.rank], one_image(config, t)[0]
         k_bar, cost_bar = ("#" * round(24 * share) for share in (k / layer.rank, cost / full))
         lines.append(f"{t:4d}  {k_bar:.<24} {k:5d} {k / layer.rank:5.0%}   {cost_bar:.<24} {amount(cost):>9}")
     return lines
@@ -268,7 +266,8 @@ def main():
     except ValueError as error:
         parser.error(str(error))
     if args.json:
-        by_t = [dict(t=t, channels=channels(config, t), forward=one_image(config, t)[0]) for t in CHART_T]
+        by_t = [dict(t=t, channels=active_channels(config, t), forward=one_image(config, t)[0])
+                for t in CHART_T]
         settings = dict(steps=s.steps, batch_size=s.batch_size, slices=s.slices or 1,
                         penalty=s.orthogonality > 0, sampling_steps=args.sampling_steps)
         print(json.dumps(dict(config=asdict(config), **settings, models=rows, by_t=by_t), indent=1))

@@ -131,7 +131,7 @@ def factorise(model: nn.Module, ranks: dict[str, int], initialise: bool = True) 
 
 def orthogonality_penalty(model: nn.Module, active: Active = None) -> torch.Tensor:
     """sum over layers of (||offdiag(U^T U)||_F^2 + ||offdiag(V^T V)||_F^2) / k, over the first k channels of
-    each; a float32 scalar. k = 1 gives zero, and a channel beyond k gets no gradient.
+    each; a float32 scalar, 0.0 for a dense model. k = 1 gives zero, and a channel beyond k gets no gradient.
 
     The paper says "light orthogonality regularisation" without a formula. Only the off-diagonal is
     penalised, so the singular values stay free.

@@ -31,7 +31,7 @@ PRESETS = {
 # small enough to learn `shapes` on two CPU cores in minutes
 PRESETS["tiny"] = dict(depth=3, width=192, heads=6, patch=4, conditioning="shared", dense_mlp_blocks=0,
                        predict="v", keep=0.25)
-# what two CPU cores can teach photographs of 32x32 in some hours
+# what a CPU core can teach photographs of 32x32 in an hour or two
 PRESETS["small"] = dict(depth=6, width=256, heads=4, patch=4, conditioning="shared", dense_mlp_blocks=0,
                         predict="v")
 ELASTIC = dict(keep=1.0, rho_min=0.1)  # as many parameters as full rank, a tenth of the channels at least
@@ -69,10 +69,10 @@ class Config:
     patch: int = setting(2, low=1)
     image_size: int = setting(32, low=1, high=2**15)
     channels: int = setting(3, low=1)
-    num_classes: int = setting(10, "label rows of the model; otherwise the dataset's", low=0, high=10**6)
+    num_classes: int = setting(10, "label rows of the model; train.py: as the dataset has", low=0, high=10**6)
     noise: str = setting("cosine", "noise schedule; linear: betas from 1e-4 to 0.02", choices=NOISES)
     predict: str = setting("eps", "what the model predicts: the noise, v = sqrt(ab) eps - sqrt(1 - ab) x_0, "
-                           "or the image; tiny: v", choices=PREDICTIONS)
+                           "or the image; tiny, small, latents: v", choices=PREDICTIONS)
     method: str = setting("iso-compute", "full: dense; static: one rank for all t; iso-compute: adapted to "
                           "noise, at the cost of static; iso-param: the same with the parameters of static; "
                           "elastic: any share of the channels can be used for sampling", choices=METHODS)
@@ -84,9 +84,9 @@ class Config:
     warm_start: float = setting(0.1, "share of t, from the clean end, that always has r_max", low=0, high=1)
     rank_multiple: int = setting(1, "round active ranks up to a multiple; tensor cores like 8 or 16", low=1)
     conditioning: str = setting("per-block", "timestep and label embedder in every block, as the published "
-                                "counts, or one for all, as the original DiT; tiny: shared",
+                                "counts, or one for all, as the original DiT; tiny, small: shared",
                                 choices=("per-block", "shared"))
-    dense_mlp_blocks: int = setting(1, "first blocks whose MLP stays dense; tiny: 0", low=0)
+    dense_mlp_blocks: int = setting(1, "first blocks whose MLP stays dense; tiny, small: 0", low=0)
     factorise: str = setting("all", "low-rank layers: also adaLN and timestep embedders, as the published "
                              "counts, or what the paper's text names", choices=("all", "attention-mlp"))
 
@@ -172,7 +172,7 @@ def linear_layers(config: Config) -> tuple[LinearLayer, ...]:
 
 
 def timestep_embedding(t: torch.Tensor) -> torch.Tensor:
-    """Sinusoids of t (B,) at 128 frequencies from 1 down to 1/10000 a step, cosines first: (B, 256)."""
+    """Sinusoids of t (B,) at 128 frequencies that fall from 1 towards 1/10000, cosines first: (B, 256)."""
     half = TIME_WIDTH // 2
     frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angle = t[:, None].float() * frequency  # (B, 128)
@@ -260,7 +260,7 @@ class DiT(nn.Module):
         """initialise=False leaves the weights for `load_state_dict` to fill, and saves the SVDs."""
         super().__init__()
         self.config = config
-        self.rank_schedule, self.noise = config.rank_schedule(), NoiseSchedule(config.noise)
+        self.rank_schedule, self.noise_schedule = config.rank_schedule(), NoiseSchedule(config.noise)
         d = config.width
         self.patchify = nn.Conv2d(config.channels, d, config.patch, stride=config.patch)
         self.embedders = nn.ModuleList(Conditioning(d, config.num_classes) for _ in range(config.embedders))
@@ -372,8 +372,9 @@ def parameter_count(config: Config) -> int:
 
 
 def preset_config(model: str, given: dict, **facts) -> Config:
-    """The preset, overlaid with `facts` (image_size, channels, num_classes of the data), overlaid with those
-    of the given flags that are fields of Config. Raises ValueError as `Config` does."""
+    """The preset, overlaid with what --method elastic has otherwise, with `facts` (image_size, channels,
+    num_classes of the data), and with those of the given flags that are fields of Config. Raises ValueError
+    as `Config` does."""
     given = {f.name: given[f.name] for f in fields(Config) if f.name in given}
     by_method = ELASTIC if given.get("method") == "elastic" else {}
     return Config(**(PRESETS[model] | by_method | facts | given))

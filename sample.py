@@ -72,7 +72,7 @@ def guided(model: DiT, y: torch.Tensor | None, guidance: float, shares: Shares =
 
 def noise_of(model: DiT | Predictor) -> NoiseSchedule:
     """The model's own, or the cosine schedule."""
-    return model.noise if isinstance(model, DiT) else NoiseSchedule()
+    return model.noise_schedule if isinstance(model, DiT) else NoiseSchedule()
 
 
 def denoiser(model: DiT | Predictor, y: torch.Tensor | None, guidance: float, clip: bool,
@@ -254,12 +254,6 @@ def save_npz(path: Path, images: torch.Tensor, labels: torch.Tensor) -> None:
     write_then_rename(path, lambda file: np.savez(file, **arrays, labels=labels))
 
 
-def draw_grid(path: Path, model: DiT, classes: int, guidance: float) -> None:
-    """100 images of all classes in turn as one PNG: how a model is doing."""
-    images, _ = draw_images(model, range(100), range(classes), guidance=guidance)
-    save_grid(path, images, grid_columns(classes))
-
-
 def save_model(path: Path, model: DiT, classes: list[str], guidance: float, step: int) -> None:
     """Writes what `load_model` reads. guidance: the default of its samples; step: how long it has trained."""
     state = dict(config=asdict(model.config), model=model.state_dict(), classes=classes, guidance=guidance,
@@ -339,10 +333,11 @@ class Options:
 def choose_shares(config: Config, o: Options) -> Shares:
     """Those that --budget, --ranks and the --guide flags ask for. Raises InputError for channels that the
     model has not been trained with."""
-    if config.method != "elastic" and (o.budget or o.ranks is not None or o.guide_share != 1):
+    if config.method != "elastic" and (o.budget or o.ranks is not None or o.guide_share != 1
+                                       or o.guide_class != "none"):
         trained = "just Phi(t) channels at t" if config.rank_schedule() else "all channels at every t"
         raise InputError(f"this run is of --method {config.method}, which has trained {trained}; --budget, "
-                         "--ranks and --guide-share take a run of --method elastic")
+                         "--ranks and the --guide flags take a run of --method elastic")
     if o.budget and o.ranks is not None:
         raise InputError("--budget and --ranks exclude each other")
     profile = ((1, 1.0),)  # all channels everywhere
@@ -417,7 +412,7 @@ def main():
     decode = load_decoder(o, model.config, device)
     as_latents = bool(model.config.mean) and not decode
     name = f"{o.sampler}{o.steps}_seed{o.seed}"
-    for word in ("guidance", "budget", "ranks", "guide_share"):  # or they would overwrite each other
+    for word in ("classes", "guidance", "budget", "ranks", "guide_share", "guide_class", "clip"):
         if (value := getattr(o, word)) != getattr(Options, word):
             name += f"_{word}-{Path(value).stem if word == 'ranks' else value}"
     out = Path(o.out or run / "samples" / (name + (".npz" if as_latents else ".png")))

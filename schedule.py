@@ -79,8 +79,8 @@ def predicted_x_0_and_eps(predict: str, output: torch.Tensor, x_t: torch.Tensor,
     """The way back: (x_0, eps) from the model's answer to x_t, two linear equations in two unknowns.
 
     Of a model that predicts eps, x_0 is a division by the signal, which at t = T is 1/20,291 of the noise: an
-    error is multiplied by that much, and a sampler has to clip. With v and x_0 it is not, and nothing has to
-    be."""
+    error is multiplied by that much, and a sampler has to clip. With v and x_0 it is not: clipping only keeps
+    images in range. (Of x_0, eps is a division by the noise, 1/156 of the signal at t = 1.)"""
     c_x, c_eps = target_coefficients(predict, signal, noise)
     determinant = signal * c_eps - noise * c_x  # eps: signal, v: 1, x_0: -noise
     return (c_eps * x_t - noise * output) / determinant, (signal * output - c_x * x_t) / determinant
@@ -229,54 +229,6 @@ def iso_compute_rank(r_base: int, rank_schedule: RankSchedule, limit: int) -> in
 
 
 # ----------------------------------------------------------------------------------------------------
-# Elastic models (ours): any share of the channels
-
-
-def elastic_shares(n: int, rho_min: float, generator: torch.Generator | None = None) -> torch.Tensor:
-    """The shares of the channels that the n samples of an elastic model's batch draw: float64 (n,), falling.
-
-    An eighth of them uses all channels, an eighth rho_min, and the rest lies uniformly between; one draw in
-    each of n equal strata, so that every batch has its large and small ones, as the sandwich rule of Yu and
-    Huang (2019) asks for. Without a generator: the middles of the strata."""
-    u = torch.rand(n, dtype=torch.float64, generator=generator) if generator else 0.5
-    u = (torch.arange(n - 1, -1, -1, dtype=torch.float64) + u) / n
-    return (rho_min + (1 - rho_min) * (u - 1 / 8) * 8 / 6).clamp(rho_min, 1)
-
-
-def share_at(profile: Profile, t: int) -> float:
-    """The share of the last pair that begins at t or before."""
-    return [share for first, share in profile if first <= t][-1]
-
-
-class Shares(NamedTuple):
-    """The shares of the channels that an elastic model computes in sampling.
-
-    ranks: a profile over t, ((1, share),) for one share everywhere; None: all, or what a rank schedule says
-    guide: the largest share in the second pass of guidance, which is never given more than the first
-    guide_class: what the second pass is told, "none": classifier-free guidance, or "same": the class, so that
-    the passes differ in their rank alone (autoguidance, Karras et al. 2024)
-    """
-    ranks: Profile | None = None
-    guide: float = 1.0
-    guide_class: str = "none"
-
-    def passes(self, t: int, guidance: float, labelled: bool = True) -> tuple[float | None, float | None]:
-        """The shares of the first and of the second pass at t; None for a pass that would say nothing new:
-        with weight zero (guidance 0 and 1), or the same as the other. labelled: the first is told a class."""
-        first = share_at(self.ranks, t) if self.ranks else 1.0
-        second = min(first, self.guide)
-        alike = first == second and (self.guide_class == "same" or not labelled)
-        if guidance == 1 or alike:
-            return first, None
-        return (None, second) if guidance == 0 else (first, second)
-
-    @property
-    def differ(self) -> bool:
-        """Whether the second pass computes fewer channels than the first at any t."""
-        return self.guide < max(share for _, share in self.ranks or ((1, 1.0),))
-
-
-# ----------------------------------------------------------------------------------------------------
 # Loss weights: other answers to the question where along t the effort should go. Each is the weight of the
 # squared error of what is predicted, float64 (T + 1,); entry 0 is not used.
 
@@ -329,3 +281,52 @@ def loss_weight(name: str, schedule: NoiseSchedule, predict: str, probabilities)
     rates stay comparable. float64 (T + 1,). probabilities: float64 (T + 1,), the chance of each t."""
     weight = WEIGHTINGS[name](schedule, predict)
     return weight / (weight * probabilities)[1:].sum()
+
+
+# ----------------------------------------------------------------------------------------------------
+# Elastic models (ours): any share of the channels. To be read when train.py asks for `elastic_shares`, and
+# sample.py, where guidance is explained, for `Shares`.
+
+
+def elastic_shares(n: int, rho_min: float, generator: torch.Generator | None = None) -> torch.Tensor:
+    """The shares of the channels that the n samples of an elastic model's batch draw: float64 (n,), falling.
+
+    An eighth of them uses all channels, an eighth rho_min, and the rest lies uniformly between; one draw in
+    each of n equal strata, so that every batch has its large and small ones, as the sandwich rule of Yu and
+    Huang (2019) asks for. Without a generator: the middles of the strata."""
+    u = torch.rand(n, dtype=torch.float64, generator=generator) if generator else 0.5
+    u = (torch.arange(n - 1, -1, -1, dtype=torch.float64) + u) / n
+    return (rho_min + (1 - rho_min) * (u - 1 / 8) * 8 / 6).clamp(rho_min, 1)
+
+
+def share_at(profile: Profile, t: int) -> float:
+    """The share of the last pair that begins at t or before."""
+    return [share for first, share in profile if first <= t][-1]
+
+
+class Shares(NamedTuple):
+    """The shares of the channels that an elastic model computes in sampling.
+
+    ranks: a profile over t, ((1, share),) for one share everywhere; None: all, or what a rank schedule says
+    guide: the largest share in the second pass of guidance, which is never given more than the first
+    guide_class: what the second pass is told, "none": classifier-free guidance, or "same": the class, so that
+    the passes differ in their rank alone (autoguidance, Karras et al. 2024)
+    """
+    ranks: Profile | None = None
+    guide: float = 1.0
+    guide_class: str = "none"
+
+    def passes(self, t: int, guidance: float, labelled: bool = True) -> tuple[float | None, float | None]:
+        """The shares of the first and of the second pass at t; None for a pass that would say nothing new:
+        with weight zero (guidance 0 and 1), or the same as the other. labelled: the first is told a class."""
+        first = share_at(self.ranks, t) if self.ranks else 1.0
+        second = min(first, self.guide)
+        alike = first == second and (self.guide_class == "same" or not labelled)
+        if guidance == 1 or alike:
+            return first, None
+        return (None, second) if guidance == 0 else (first, second)
+
+    @property
+    def differ(self) -> bool:
+        """Whether the second pass computes fewer channels than the first at any t."""
+        return self.guide < max(share for _, share in self.ranks or ((1, 1.0),))

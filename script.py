@@ -29,9 +29,9 @@ import torch.distributed as dist
 # Errors
 
 
-class InputError(ValueError):
+class InputError(argparse.ArgumentTypeError, ValueError):
     """Something a person typed or supplied cannot be used. The message is one line: what was given,
-    what is allowed, what to do. Scripts print it and exit with status 2 (`run_script`)."""
+    what is allowed, what to do. Scripts, and argparse, print it and exit with status 2 (`run_script`)."""
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -84,7 +84,7 @@ class Parser(argparse.ArgumentParser):
 def positive_int(text: str) -> int:
     """argparse type: a whole number of at least 1."""
     if not text.isdecimal() or not 1 <= int(text) <= 2**31:
-        raise argparse.ArgumentTypeError(f"{text[:60]} is not a whole number of at least 1 and at most 2**31")
+        raise InputError(f"{text[:60]} is not a whole number of at least 1 and at most 2**31")
     return int(text)
 
 
@@ -108,19 +108,6 @@ def _kind(f) -> type:
     return f.type.__args__[0] if isinstance(f.type, types.UnionType) else f.type
 
 
-def _parser(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """For argparse, whose own message would not say what is wrong."""
-    def parsed(text: str):
-        try:
-            return parse(text)
-        except InputError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-        except ValueError:  # of int or float
-            number = "whole number" if parse is int else "number"
-            raise argparse.ArgumentTypeError(f"{text} is not a {number}") from None
-    return parsed
-
-
 def add_flags(parser, dataclass, only: tuple[str, ...] | None = None) -> None:
     """A flag for every field that has a help text, or for those named. What is not given stays None, so that
     it can be told from a default. parser: or a group of one."""
@@ -135,7 +122,7 @@ def add_flags(parser, dataclass, only: tuple[str, ...] | None = None) -> None:
             continue
         metavar = m["metavar"] or (None if m["choices"] else {int: "N", float: "F"}[kind])
         choices = None if m["parse"] else m["choices"]
-        parser.add_argument(flag(f.name), type=_parser(m["parse"] or kind), choices=choices, help=text,
+        parser.add_argument(flag(f.name), type=m["parse"] or kind, choices=choices, help=text,
                             metavar=metavar)
 
 
@@ -352,11 +339,11 @@ def numbered_folder(parent: Path, name: str) -> Path:
     return parent / f"{1 + max((int(n) for n in numbers if n.isdecimal()), default=0):03d}-{name}"
 
 
-def newest_run(folder: str = "runs", file: str = "model.pt") -> Path:
-    """The run under `folder` whose `file` was written last. Raises InputError if there is none."""
-    files = sorted(Path(folder).glob(f"*/{file}"), key=lambda p: p.stat().st_mtime)
+def newest_run(file: str = "model.pt") -> Path:
+    """The run under runs/ whose `file` was written last. Raises InputError if there is none."""
+    files = sorted(Path("runs").glob(f"*/{file}"), key=lambda p: p.stat().st_mtime)
     if not files:
-        raise InputError(f"no run under {folder}/; train one with `python train.py`, or name one")
+        raise InputError(f"no run under runs/; train one with `python train.py`, or name one")
     return files[-1].parent
 
 
@@ -377,13 +364,10 @@ def claim_folder(folder: Path) -> None:
     with contextlib.suppress(ImportError):  # Windows: nothing keeps two apart there
         import fcntl
 
-        LOCKED.append(open(folder / ".lock", "w"))  # a file that nothing refers to would be closed
+        lock = os.open(folder / ".lock", os.O_CREAT | os.O_WRONLY, 0o666)  # a bare number: nothing closes it
         try:
-            fcntl.lockf(LOCKED[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise InputError(f"another process writes to {folder}; wait, or choose another --out") from None
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink()
-
-
-LOCKED = []

@@ -1000,7 +1000,7 @@ def test_the_linear_noise_schedule():
     a, b = noise.alpha_bar[700].sqrt().item(), (1 - noise.alpha_bar[700]).sqrt().item()
     assert relative(sample.denoiser(net, y, 1.0, clip=False)(x, 700)[0], a * x - b * answer) < 1e-5
     s, state = training_state(net.config)
-    assert torch.equal(state.model.noise.alpha_bar, noise.alpha_bar)
+    assert torch.equal(state.model.noise_schedule.alpha_bar, noise.alpha_bar)
     assert flops.longest_curriculum(100, 4, 0.4, "linear") != flops.longest_curriculum(100, 4, 0.4)
 
 
@@ -1374,7 +1374,7 @@ def test_the_report_compares_the_model_with_its_siblings():
     out = done(flops, *common)
     chart = [line.split() for line in out.splitlines() if "#" in line]
     assert [int(row[0]) for row in chart] == flops.CHART_T
-    assert [int(row[2]) for row in chart] == [max(flops.channels(config, t).values()) for t in flops.CHART_T]
+    assert [int(row[2]) for row in chart] == [max(flops.active_channels(config, t).values()) for t in flops.CHART_T]
     report = json.loads(done(flops, "--json", *common, "--slices", 3), parse_constant=pytest.fail)
     rows, static = {row["name"]: row for row in report["models"]}, replace(config, method="static")
     spent = flops.training_run(config, 100, 8, flops.longest_curriculum(100, 10, 0.2), slices=3)
@@ -1427,7 +1427,7 @@ def test_one_full_rank_model_as_published():
 def test_the_note_on_adaptive_rows_tells_our_figures():
     """C.1, 3.1: with the stated schedule the average is 0.70 r_max, and ISO-Compute's r_max 1.42 r_base."""
     iso, static = paper_model(method="iso-param", keep=0.75), paper_model(method="static", keep=0.75)
-    none = dict.fromkeys(flops.channels(iso, 1), 0)
+    none = dict.fromkeys(flops.active_channels(iso, 1), 0)
     dense, full = (sum(p.size for p in flops.products(iso, k)) for k in (none, None))
     total = lambda config: sum(layer.rank for layer in model.linear_layers(config) if layer.rank)
     assert round((flops.sampling(iso) / 100 - dense) / (full - dense), 2) == 0.70
@@ -1586,7 +1586,7 @@ def test_a_checkpoint_of_other_things_is_refused_unopened(write, tmp_path, monke
     (["--classes", 10], ("'10'", "0 to 9")), (["--classes", "0,unicorn"], "unicorn"), (["--num", 0], "at least 1"),
     (["--steps", 1001], "at most 1000"), (["--seed", -1], "seed"), (["--seed", 2**64], "seed"), (["--first", -1], "first"),
     (["--guidance", "two"], "guidance"), (["--guidance", "nan"], "finite"), (["--sampler", "euler"], "ddim"),
-    (["--steps", "1e3"], "whole number"), (["--device", "tpu"], "tpu"), (["--dtype", "int8"], "int8"),
+    (["--steps", "1e3"], "invalid int value"), (["--device", "tpu"], "tpu"), (["--dtype", "int8"], "int8"),
     (["--batch-size", -3], "at least 1"), (["--out", "x.jpg"], "FILE.png"),
     *((["--budget", budget], "--budget") for budget in (0, 2, "nan", "x")), (["--budget", 0.01], ("smallest", "0.1,")),
     (["--budget", 0.5, "--ranks", "p.json"], "exclude each other"), (["--ranks", "p.json"], "share 0.07 was not trained"),
@@ -1601,7 +1601,7 @@ def test_sample_script_refuses(elastic_run, run, arguments, says, tmp_path, monk
     Path("p.json").write_text(PROFILE)
     before = sorted(elastic_run.rglob("*"))
     refuses(sample, "--run", elastic_run, *arguments, says=says)
-    for shares in (["--budget", 0.5], ["--ranks", "p.json"], ["--guide-share", 0.5]):
+    for shares in (["--budget", 0.5], ["--ranks", "p.json"], ["--guide-share", 0.5], ["--guide-class", "same"]):
         refuses(sample, "--run", run, *shares, says="take a run of --method elastic")
     assert sorted(elastic_run.rglob("*")) == before and os.listdir() == ["p.json"]
 
@@ -1639,10 +1639,12 @@ def test_output_that_is_closed_or_knows_few_letters(elastic_run, tmp_path):
 
 def test_a_grid_that_is_asked_otherwise_has_another_name(elastic_run, tmp_path):
     shutil.copytree(elastic_run, tmp_path / "r")
-    for arguments in ([], ["--guidance", 1.5, "--budget", 0.5], ["--guide-share", 0.25]):
+    for arguments in ([], ["--guidance", 1.5, "--budget", 0.5], ["--guide-share", 0.25],
+                      ["--guide-share", 0.25, "--guide-class", "same"], ["--classes", "3,star", "--no-clip"]):
         done(sample, "--run", tmp_path / "r", "--num", 1, "--steps", 2, *arguments)
     made = {path.name for path in (tmp_path / "r" / "samples").glob("ddim2*")}
-    assert made == {"ddim2_seed0.png", "ddim2_seed0_guidance-1.5_budget-0.5.png", "ddim2_seed0_guide_share-0.25.png"}
+    assert made == {f"ddim2_seed0{more}.png" for more in (
+        "", "_guidance-1.5_budget-0.5", "_guide_share-0.25", "_guide_share-0.25_guide_class-same", "_classes-3,star_clip-False")}
 
 
 def test_sample_script_refuses_files_that_are_no_runs(run, tmp_path, monkeypatch):
@@ -1981,6 +1983,7 @@ def test_flags_without_effect_are_named(arguments, without_effect, tmp_path, mon
     log = log_of(Path("r"))[-1]
     assert (log["active_rank"] is None) == ("full" in arguments)
     assert (log["t_low"] == 1) == ("curriculum-share" in without_effect)
+    assert "--slices" in arguments or log["t_low"] > 1 or "than with masks alone" not in out  # random t saved it
     assert sorted(line.split()[1] for line in notes) == sorted(f"--{name}" for name in without_effect.split())
 
 
@@ -2002,11 +2005,12 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path, monkeypat
     (["--steps", 0], "at least 1"), (["--batch-size", -1], "at least 1"), (["--seed", -5], "--seed"),
     (["--lr", "inf"], "--lr"), (["--keep", 0], "--keep"), (["--keep", 1.1], "--keep"), (["--rho-min", 2], "--rho-min"),
     (["--warm-start", -1], "--warm-start"), (["--model", "DiT-H/2"], "DiT-H/2"), (["--method", "lora"], "lora"),
-    (["--num-classes", 3], "10 classes"), (["--num-classes", 2**63 - 1], "--num-classes"), (["--device", "tpu"], "tpu"), (["--device", "cuda"], "not available"),
+    (["--num-classes", 3], "10 classes"), (["--num-classes", 2**63 - 1], "--num-classes"), (["--device", "tpu"], "tpu"),
+    (["--device", "cuda"], "not available"),
     (["--curriculum-groups", 100], ("--curriculum-groups 100", "at most 50")), (["--curriculum-share", 0], "above 0"),
     (["--curriculum-share", 2], "--curriculum-share"), (["--dense-mlp-blocks", -1], "at least 0"),
     (["--dataset", ""], "no dataset"), (["--label-dropout", 7], "--label-dropout"), (["--frobnicate"], "frobnicate"),
-    (["--steps", "1e3"], "whole number"), (["--guidance", "inf"], "--guidance"), (["--slices", 0], "--slices"),
+    (["--steps", "1e3"], "invalid int value"), (["--guidance", "inf"], "--guidance"), (["--slices", 0], "--slices"),
     (["--predict", "x_0"], ("--predict", "x0")), (["--rank-execution", "mask"], "--rank-execution")], ids=str)
 def test_train_script_refuses(arguments, says, tmp_path, monkeypatch):
     """One line, exit status 2, and nothing written."""

@@ -22,7 +22,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ from curriculum import TIMESTEPS, Curriculum, base_distribution, clts, cluster_t
 from data import DATASETS, Dataset, batch_indices, decode, open_source, to_unit
 from lowrank import orthogonality_penalty
 from model import PRESETS, SIZES, Config, DiT, preset_config, summary
-from sample import draw_grid, save_model
+from sample import draw_images, grid_columns, save_grid, save_model
 from schedule import (WEIGHTINGS, T, NoiseSchedule, add_noise, elastic_shares, eps_loss_factor, loss_weight,
                       speed_tau, target)
 from script import (DEVICES, DTYPES, InputError, Parser, Processes, Stop, add_flags, check_fields,
@@ -101,11 +101,9 @@ def choose_settings(given: dict) -> Settings:
     """The flags that were given, and defaults that depend on dataset, model or method. Raises InputError."""
     model = given.get("model", "tiny" if given.get("dataset", "shapes") == "shapes" else Settings.model)
     depends = dict(model=model) | (TINY if model == "tiny" else {})
-    method = given.get("method", Config.method)
-    if not method.startswith("iso"):
+    if not given.get("method", Config.method).startswith("iso"):
         depends["curriculum_groups"] = 0
-    s = Settings(**(depends | {f.name: given[f.name] for f in fields(Settings) if f.name in given}))
-    return s if method == "elastic" else replace(s, distil=0.0)  # all other samples use all their channels
+    return Settings(**(depends | {f.name: given[f.name] for f in fields(Settings) if f.name in given}))
 
 
 def learning_rate(step: int, start: int, stage: int, s: Settings) -> float:
@@ -133,24 +131,24 @@ class State:
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=s.lr, weight_decay=0.0,
                                            fused=device.type in ("cpu", "cuda"))
-        noise = self.model.noise
+        noise = self.model.noise_schedule
         starts = cluster_timesteps(noise.log_snr, max(1, s.curriculum_groups))
         base = base_distribution(s.timesteps, noise.alpha_bar, speed_tau(noise))
         self.curriculum = Curriculum(starts, T, s.steps, s.curriculum_share, alpha=s.curriculum_alpha,
                                      base=base, progressive=s.curriculum_sampling == "progressive")
-        self.host_rng = torch.Generator().manual_seed(s.seed)  # of the timesteps
-        self.device_rng = torch.Generator(device).manual_seed(s.seed + 2**31)  # of everything else
+        self.host_rng = torch.Generator().manual_seed(s.seed)  # of timesteps and elastic shares
+        self.device_rng = torch.Generator(device).manual_seed(s.seed + 2**31)  # of flips, labels and noise
         self.step, self.spent, self.lines = 0, 0, 0  # steps done; multiply-adds spent; lines logged
         self.losses, self.timesteps = [], []  # since the last line: (B,) of this process; (B,) of all
 
 
 class Batch(NamedTuple):
     """By falling rank: the samples that need most channels first."""
-    x_0: torch.Tensor  # (B, 3, H, W) in [-1, 1]
+    x_0: torch.Tensor  # (B, C, H, W): images in [-1, 1], or latents of mean 0, deviation 1
     y: torch.Tensor  # (B,) labels, or the number of classes for "no class"
-    eps: torch.Tensor  # (B, 3, H, W)
+    eps: torch.Tensor  # (B, C, H, W)
     t: torch.Tensor  # (B,) on the CPU: channels are chosen there, and no device has to be asked
-    share: torch.Tensor | float | None = None  # of the channels: (B,) on the CPU, or one for all
+    share: torch.Tensor | float | None = None  # of the channels: (B,) on the CPU; or one for all
 
     def part(self, rows: slice) -> "Batch":
         return Batch(*(None if x is None else x[rows] for x in self))
@@ -162,8 +160,7 @@ class Batch(NamedTuple):
 
 
 def draw_batch(dataset: Dataset, state: State, s: Settings) -> Batch:
-    """The next batch, of all processes. Images come in random order, so that of t is free: images that need
-    similarly many channels lie side by side."""
+    """The next batch, of all processes."""
     config, device, rng = state.model.config, dataset.images.device, state.device_rng
     index = batch_indices(len(dataset.images), state.step, s.batch_size, s.seed, device)
     x_0, y = dataset.images[index], dataset.labels[index]
@@ -176,7 +173,8 @@ def draw_batch(dataset: Dataset, state: State, s: Settings) -> Batch:
     eps = torch.randn(x_0.shape, device=device, generator=rng)
     if s.timesteps.startswith("clts"):  # the others stand still
         state.curriculum.base = clts(T, state.step / s.steps)
-    t, share = state.curriculum.sample(s.batch_size, state.host_rng, s.timesteps.endswith("stratified")), None
+    t = state.curriculum.sample(s.batch_size, state.host_rng, s.timesteps.endswith("stratified"))
+    share = None
     if config.method == "elastic":
         t = t[torch.randperm(len(t), generator=state.host_rng)]  # it comes ascending, and share falling
         share = elastic_shares(len(t), config.rho_min, state.host_rng)
@@ -191,7 +189,7 @@ def denoising_loss(net, model: DiT, batch: Batch, dtype: torch.dtype = torch.flo
     training minimises, the same plus `distil` times the squared difference to what the model predicts with
     all its channels. net: the model, or what runs it (compiled, in parallel)."""
     device = batch.x_0.device
-    signal, noise = (to_device(a, device) for a in model.noise.coefficients(batch.t))
+    signal, noise = (to_device(a, device) for a in model.noise_schedule.coefficients(batch.t))
     x_t, t = add_noise(batch.x_0, batch.eps, signal, noise), to_device(batch.t, device)
     active = model.active(batch.t, batch.share)  # how many channels each sample may use: decided here, once
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -199,7 +197,7 @@ def denoising_loss(net, model: DiT, batch: Batch, dtype: torch.dtype = torch.flo
         output = net(x_t, t, batch.y, active).float()
     wanted = target(model.config.predict, batch.x_0, batch.eps, signal, noise)
     loss = (output - wanted).square().mean((1, 2, 3))
-    if distil == 0:
+    if distil == 0 or batch.share is None:  # without shares, every sample uses all the channels that it may
         return loss, loss
     n = int((batch.share == 1).sum())  # the first ones have used all their channels already
     with torch.no_grad(), autocast:
@@ -216,20 +214,20 @@ def train_step(net, state: State, batch: Batch, s: Settings, slices: int = 1,
     slice is the paper's masking.
     """
     model, probabilities = state.model, state.curriculum.probabilities()
-    weight = loss_weight(s.weighting, model.noise, model.config.predict, probabilities).float()  # (T + 1,)
+    weight = loss_weight(s.weighting, model.noise_schedule, model.config.predict, probabilities)  # (T + 1,)
     losses = []
     parts = batch.slices(slices)
     for part in parts:
         is_last = part is parts[-1]
         wait = not is_last and hasattr(net, "no_sync")  # processes average once, with the last slice
         with net.no_sync() if wait else contextlib.nullcontext():
-            sample_loss, error = denoising_loss(net, model, part, dtype, s.distil)  # (B of the slice,)
-            loss = (to_device(weight[part.t], error.device) * error).sum() / len(batch.t)
+            error, objective = denoising_loss(net, model, part, dtype, s.distil)  # (B of the slice,)
+            loss = (to_device(weight[part.t].float(), objective.device) * objective).sum() / len(batch.t)
             if is_last and s.orthogonality > 0 and model.ranks:
                 active = model.active_from(state.curriculum.t_low)
                 loss = loss + s.orthogonality * orthogonality_penalty(model, active)
             loss.backward()
-        losses.append(sample_loss.detach())
+        losses.append(error.detach())
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     return torch.cat(losses)
@@ -265,11 +263,12 @@ def main(argv: list[str] | None = None) -> None:
 
     begin = time.time()
     run_steps(run, take_step)
-    masked = run.masked_cost * s.steps
-    saved = f", {1 - state.spent / masked:.1%} less than with masks alone" if state.spent < masked else ""
+    masked, saved = run.masked_cost * s.steps, ""  # of typical batches
+    if (slices > 1 or s.curriculum_groups > 1) and state.spent < masked:
+        saved = f", {1 - state.spent / masked:.1%} less than with masks alone"
     print(f"done        {flops.amount(state.spent)} multiply-adds{saved}; "
           f"{duration(time.time() - begin)} in this call")
-    if run.draws:
+    if run.may_draw:
         print(f"picture     {run.draw('final.png')}")
     print(f"more        python sample.py --run {run.folder}")
     print(f"losses      python experiments/curves.py {run.folder}")
@@ -304,7 +303,7 @@ def run_steps(run: "Run", take_step: Callable[[Batch], torch.Tensor],
         if state.step % s.save_every == 0 or state.step == s.steps or stopping:
             before_save()
             save(run)
-        due = run.draws and state.step % s.sample_every == 0 and state.step < s.steps
+        due = run.may_draw and state.step % s.sample_every == 0 and state.step < s.steps
         if due and state.curriculum.t_low == 1:  # a picture takes all timesteps
             run.draw(f"step_{state.step:07d}.png")
         if not state.losses:  # images per second are counted from after what was saved and drawn
@@ -334,19 +333,22 @@ class Run:
 
     @property
     def identity(self) -> dict:
-        """What must be the same for a run to go on. Datasets may move, but not hold other images."""
+        """What must be the same for a run to go on. A dataset may move; of its images only number, size and
+        classes are compared."""
         fixed = {name: value for name, value in asdict(self.s).items() if name not in MAY_CHANGE}
         images = f"{len(self.dataset.images)} images of classes {', '.join(self.dataset.classes)}"
         return fixed | asdict(self.state.model.config) | {"dataset": images}
 
     @property
-    def draws(self) -> bool:
+    def may_draw(self) -> bool:
         """Whether this process draws sample grids. Latents are no pictures."""
         return self.s.sample_every > 0 and not self.state.model.config.mean and self.processes.number == 0
 
     def draw(self, name: str) -> Path:
         path = self.folder / "samples" / name
-        draw_grid(path, self.state.ema, len(self.dataset.classes), self.s.guidance)
+        classes = range(len(self.dataset.classes))
+        images, _ = draw_images(self.state.ema, range(100), classes, guidance=self.s.guidance)
+        save_grid(path, images, grid_columns(len(classes)))
         return path
 
     @property
@@ -389,9 +391,8 @@ def load(run: Run) -> None:
     path, now = run.folder / "state.pt", run.identity
     saved = read_checkpoint(path, (*vars(run.state), "device", "settings"))
     try:
-        # None: older versions kept --image-size here, which may be left to the images
         differ = [f"{flag(name)} {str(now.get(name))[:40]} (the run has {str(was)[:40]})"
-                  for name, was in saved["settings"].items() if was not in (None, now.get(name))]
+                  for name, was in saved["settings"].items() if was != now.get(name)]
         if differ:
             raise ValueError("cannot resume with other settings or images, but train a new run: "
                              f"{', '.join(differ)}")
@@ -472,10 +473,10 @@ def read_command_line(argv: list[str] | None):
     add_flags(parser.add_argument_group("training"), Settings)
     add_flags(parser.add_argument_group("model"), Config)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    flags, folder, resume = given, given.pop("out", None), given.pop("resume")
+    folder, resume, flags = given.pop("out", None), given.pop("resume"), given
     if resume and folder is None:
         folder = newest_run(file="config.json")
-    if resume and not given and not folder.exists():  # with other flags: a job that was killed early
+    if resume and not given and not folder.exists():  # with others it may begin: a job killed early
         raise InputError(f"--resume: {folder} does not exist; name the folder of a run")
     if folder is not None and (folder / "state.pt").exists() and not resume:
         raise InputError(f"{folder} already holds a run; go on with it by --resume, or choose another --out")
@@ -512,10 +513,10 @@ def write_log(run: Run, lr: float, images_per_s: float) -> None:
     s, state, config, curriculum = run.s, run.state, run.state.model.config, run.state.curriculum
     losses, t = run.all_losses().double(), torch.stack(state.timesteps)  # (steps, B)
     curriculum.observe(state.step - len(losses), losses.mean(1).tolist())
-    losses = losses * eps_loss_factor(config.predict, state.model.noise)[t]  # reported: those of eps
+    losses = losses * eps_loss_factor(config.predict, state.model.noise_schedule)[t]  # reported: those of eps
     starts = loss_groups(config.noise)
     by_group = [losses[(first <= t) & (t < end)] for first, end in zip(starts, [*starts[1:], T + 1])]
-    k = max(flops.channels(config, *range(curriculum.t_low, T + 1)).values(), default=None)
+    k = max(flops.active_channels(config, *range(curriculum.t_low, T + 1)).values(), default=None)
     line = dict(step=state.step, loss=losses.mean().item(),
                 loss_by_group=[x.mean().item() if len(x) else None for x in by_group], lr=lr,
                 stage=curriculum.stage, t_low=curriculum.t_low, t_high=T, active_rank=k,

@@ -205,7 +205,7 @@ def wanted_classes(source: Source, classes: list[str], image_size: int) -> torch
 def judge(model: Classifier, state: dict, source: Source, device: torch.device) -> dict:
     """The share of generated images recognised as their class, over all and per class."""
     labels = wanted_classes(source, state["classes"], state["config"]["image_size"])
-    predicted = predict(model, source.read, len(source), device)
+    predicted = predict(model, source.read, source.n, device)
     per_class = []
     for i, name in enumerate(state["classes"]):
         mine, taken = predicted[labels == i], predicted == i

@@ -209,7 +209,7 @@ def denoising_losses(model: DiT, dataset: Dataset, images: torch.Tensor, t: torc
         samples = range(first, min(first + batch_size, len(t)))
         batch = noised_batch(model, dataset, images[samples], t[samples], samples, seed)._replace(share=share)
         losses.append(train.denoising_loss(model, model, batch)[0].double().cpu())
-    return torch.cat(losses) * eps_loss_factor(model.config.predict, model.noise)[t]
+    return torch.cat(losses) * eps_loss_factor(model.config.predict, model.noise_schedule)[t]
 
 
 def held_out_loss(model: DiT, dataset: Dataset, per_group: int = 1000, seed: int = 0,

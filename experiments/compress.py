@@ -64,7 +64,7 @@ def tuning_cost(student: Config, teacher: Config, batch_size: int) -> int:
 def distillation_loss(student: DiT, teacher: DiT, batch: train.Batch, dtype: torch.dtype) -> torch.Tensor:
     """The squared difference of what both models answer to the same x_t, mean over pixels: float32 (B,)."""
     device = batch.x_0.device
-    signal, noise = (to_device(a, device) for a in student.noise.coefficients(batch.t))
+    signal, noise = (to_device(a, device) for a in student.noise_schedule.coefficients(batch.t))
     x_t, t = add_noise(batch.x_0, batch.eps, signal, noise), to_device(batch.t, device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         with torch.no_grad():

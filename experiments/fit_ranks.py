@@ -95,7 +95,7 @@ def elbo_weights(log_snr: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def eps_answers(model: DiT, batch: train.Batch, share: float | None) -> torch.Tensor:
     """eps as the model sees it in a batch, with and without labels: (2, B, C, H, W)."""
-    signal, noise = (x.to(batch.x_0.device) for x in model.noise.coefficients(batch.t))
+    signal, noise = (x.to(batch.x_0.device) for x in model.noise_schedule.coefficients(batch.t))
     x_t, active = add_noise(batch.x_0, batch.eps, signal, noise), model.active(batch.t, share)
     answers = []
     for y in (batch.y, torch.full_like(batch.y, model.config.num_classes)):
@@ -110,7 +110,7 @@ def measure_harm(models: list[tuple[DiT, float | None]], images: Dataset, groups
     uses all; same images, noise and timesteps for all. And, as a check, how many nats the label says of the image by
     the last one's losses, for each group: their sum should lie near or below the logarithm of the number of classes.
     Where it does not, the two losses differ by the model's errors rather than by what the label tells."""
-    weights = elbo_weights(models[0][0].noise.log_snr)
+    weights = elbo_weights(models[0][0].noise_schedule.log_snr)
     harm = {name: np.zeros((len(groups), len(models))) for name in OBJECTIVES[:3]}
     order, nats = torch.randperm(len(images.images), generator=torch.Generator().manual_seed(seed)), []
     for g, group in enumerate(groups):
@@ -272,7 +272,7 @@ def with_fewer(model: DiT, names: list[str], share: float) -> DiT:
 
 def saved_by(config: Config, names: list[str], share: float) -> int:
     """Multiply-adds of a forward pass that these layers save with that share."""
-    all_of_them, some = (flops.products(config, flops.channels(config, T, share=s)) for s in (1.0, share))
+    all_of_them, some = (flops.products(config, flops.active_channels(config, T, share=s)) for s in (1.0, share))
     return sum(a.size - b.size for a, b in zip(all_of_them, some) if a.layer in names)
 
 
@@ -363,7 +363,7 @@ def main():
     shares = common.choose_numbers("--shares", args.shares, config.rho_min, 1)
     images = common.every_second(common.held_out_for(args, {args.run: state}), 0)
     visited = sampling_timesteps(args.sampling_steps)[:-1]
-    groups = noise_groups(model.noise.log_snr, visited)
+    groups = noise_groups(model.noise_schedule.log_snr, visited)
     ways = [(model, share) for share in measured_shares(config.rho_min)]
     harms, nats = measure_harm(ways, images, groups, args.per_group)
     if images.classes:

@@ -83,7 +83,7 @@ class AdaptedDiT(nn.Module):
 def loss_of(model, x_0, y, t, eps) -> torch.Tensor:
     """The squared error of what the model predicts, mean over pixels: (B,)"""
     base = model if isinstance(model, DiT) else model.base
-    signal, noise = base.noise.coefficients(t)
+    signal, noise = base.noise_schedule.coefficients(t)
     output = model(add_noise(x_0, eps, signal, noise), t, y).float()
     return (output - target(base.config.predict, x_0, eps, signal, noise)).square().mean((1, 2, 3))
 
@@ -141,7 +141,7 @@ def draw(model: AdaptedDiT, classes, num: int, steps: int) -> tuple[torch.Tensor
     x = ImageNoise(0, range(num), (config.channels, config.image_size, config.image_size), CPU)()
 
     def eps(x, t: int):
-        signal, noise = (c[:1] for c in model.base.noise.coefficients(torch.tensor([t])))
+        signal, noise = (c[:1] for c in model.base.noise_schedule.coefficients(torch.tensor([t])))
         output = model(x, torch.full((num,), t), y)
         return predicted_x_0_and_eps(config.predict, output, x, signal, noise)[1]
 

@@ -27,7 +27,7 @@ def one_pass(config: Config, t: int, training: bool = False) -> int:
     """FLOPs of one forward pass at t for one image. Of training, both pixel layers left out fit all three printed
     figures; the patch convolution alone would give 1.678e18 instead of 1.677e18."""
     total = 0
-    for product in flops.products(config, flops.channels(config, t)):
+    for product in flops.products(config, flops.active_channels(config, t)):
         if product.layer == "attention" or (training and product.layer in ("patchify", "final_out")):
             continue
         runs = 2 if product.layer.startswith("embedders.0.") else 1  # block 0's runs again for the final layer

@@ -118,7 +118,7 @@ def predict(model: DiT, x_t: torch.Tensor, y: torch.Tensor, t: int, alpha: float
 def measure_level(model: DiT, t: int, seen: Batch, unseen: Batch, images: Dataset) -> dict:
     """(1) to (3) at timestep t. seen, unseen: training images, of those in `images`, and held-out ones. Effective ranks
     and the spectrum (shares of the variance) are those of a cloud of answers (B, D) around its mean."""
-    ab = model.noise.alpha_bar[t].item()
+    ab = model.noise_schedule.alpha_bar[t].item()
     alpha, sigma = ab**0.5, (1 - ab) ** 0.5
     x_t = noisy(seen, alpha, sigma)
     x_0_hat, eps_hat = predict(model, x_t, seen.y, t, alpha, sigma)  # (B, D)
@@ -174,7 +174,7 @@ def tangent_kernel(model: DiT, batch: Batch, levels: list[int], count: int, seed
     gradients of a sample at the one and the other, mean over samples and directions."""
     u = torch.randn(count, *batch.x_0.shape[1:], generator=torch.Generator().manual_seed(seed)) / count**0.5
     u = u.to(batch.x_0.device)  # (K, C, H, W)
-    amplitudes = [(ab**0.5, (1 - ab) ** 0.5) for ab in model.noise.alpha_bar[levels].tolist()]
+    amplitudes = [(ab**0.5, (1 - ab) ** 0.5) for ab in model.noise_schedule.alpha_bar[levels].tolist()]
     model.requires_grad_(True)
     rows = []
     for t, (alpha, sigma) in zip(levels, amplitudes):

@@ -458,7 +458,7 @@ class Bayes:
     """Answers with E[v | x_t, class] over all `images`, as a model would."""
 
     def __init__(self, images):
-        self.images, self.noise, self.config = images, NOISE, Namespace(predict="v", mean=(), std=())
+        self.images, self.noise_schedule, self.config = images, NOISE, Namespace(predict="v", mean=(), std=())
         self.active, self.position = lambda t: None, torch.zeros(1)
 
     def __call__(self, x_t, t, y, active):
