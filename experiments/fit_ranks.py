@@ -185,7 +185,8 @@ def solve(harm: np.ndarray, cost: np.ndarray, steps: np.ndarray, budget: float, 
     the price is bisected: the same as to raise, again and again, the group that gains most per multiply-add, which is
     optimal where harm is convex. Where levels tie, as on one edge of a hull, what is left is spent from low noise up.
     never_rises: no group gets more than the one below it in noise. smooth: harm of each level between neighbours. With
-    either of them, what is left is not spent. Raises ValueError if the lowest levels cost more than the budget.
+    either of them groups tie together: all rise by a level at a time as long as the budget pays for all, which keeps
+    to the constraint and is still best at that price. Raises ValueError if the lowest levels cost more than the budget.
     """
     G, K = harm.shape
     level = np.arange(K)
@@ -214,8 +215,11 @@ def solve(harm: np.ndarray, cost: np.ndarray, steps: np.ndarray, budget: float, 
         middle = (low + high) / 2
         low, high = (low, middle) if (steps * cost[cheapest(middle)]).sum() <= budget else (middle, high)
     levels, tied = cheapest(high), cheapest(low * (1 - 1e-9))  # less: or rounding would settle some of the ties
-    if never_rises or smooth:
-        return levels
+    while never_rises or smooth:
+        raised = np.minimum(levels + 1, tied)
+        if (raised == levels).all() or (steps * cost[raised]).sum() > budget:
+            return levels
+        levels = raised
     for g in range(G):
         while levels[g] < tied[g]:
             more = steps[g] * (cost[levels[g] + 1] - cost[levels[g]])

@@ -943,6 +943,9 @@ def test_a_fitted_profile_costs_no_more_than_the_constant_share():
         rising = np.outer(steps * np.arange(1, 11.0), (1 - np.array(fit_ranks.measured_shares(0.1))) ** 2)
         flat = fit_ranks.fit(rising, config, groups, visited[:-1], share, never_rises=True)[0]
         assert np.ptp([s for _, s in flat]) < 0.01
+        middle = np.outer(steps * [1, 1, 2, 4, 9, 9, 4, 2, 1, 1][:len(steps)], harm[0])  # groups can only rise together
+        least = fit_ranks.fit(middle, config, groups, visited[:-1], share, never_rises=True)[1]
+        assert least <= 1.005 * fit_ranks.harm_of_constant(middle, config, share)  # which never rises, either
         for shape in elastic.SHAPES.values():
             profile = elastic.scaled(shape, config, 50, share)
             assert flops.sampling(config, 50, shares=schedule.Shares(profile)) <= costs[1] and min(s for _, s in profile) >= config.rho_min
