@@ -7,7 +7,7 @@
 Squared error and a light Kullback-Leibler term that keeps the latents near a normal distribution, nothing adversarial:
 reconstructions are smooth. Two halvings: 32x32x3 becomes 8x8x4, a twelfth of the numbers. Minutes on a CPU. Reported is
 what is lost on held-out images: PSNR, and with --classifier the Frechet distance between reconstructions and originals
-in its features, the least that samples of a model on these latents can reach.
+in its features.
 """
 
 import math
