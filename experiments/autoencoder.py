@@ -83,7 +83,7 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    common.add_image_flags(parser)
+    common.add_image_flags(parser, "32")
     add("--channels", type=positive_int, default=4, metavar="N", help="of the latents (default 4)")
     add("--width", type=positive_int, default=32, metavar="N", help="channels of the first convolution, a multiple "
         "of 8 (default 32)")

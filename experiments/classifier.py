@@ -7,7 +7,7 @@ draws one perfect image per class scores 100 %.
 
     python experiments/classifier.py --dataset shapes --out shapes_clf.pt
     python experiments/classifier.py --classifier shapes_clf.pt --generated samples.npz
-    python fid.py samples.npz shapes --features shapes_clf.features.pt
+    python fid.py samples.npz shapes --split test --features shapes_clf.features.pt
 
 The last line uses the second file that training writes: the classifier without its last layer, as TorchScript,
 from which fid.py computes a Frechet distance where the Inception network has nothing to say.

@@ -33,15 +33,16 @@ GROUP_NAMES = [f"{first}-{end - 1}" for first, end in zip(GROUP_EDGES, GROUP_EDG
 # Images, flags
 
 
-def add_image_flags(parser: Parser) -> None:
+def add_image_flags(parser: Parser, default_size: str = "16") -> None:
+    """default_size: in words, for --help"""
     add = parser.add_argument
-    add("--dataset", default="cifar10", metavar="NAME|PATH", help=f"what to train on: {', '.join(DATASETS)}, or a "
-        "folder, .zip or .npz (default cifar10, downloaded once)")
+    add("--dataset", default="cifar10", metavar="NAME|PATH", help=f"what to train on, or was trained on: "
+        f"{', '.join(DATASETS)}, or a folder, .zip or .npz (default cifar10, downloaded once)")
     add("--test", metavar="NAME|PATH", help="images to hold out; needed with a PATH (default: the test split of a "
         "named dataset)")
     add("--data-dir", default="data", metavar="DIR", help="where datasets and caches are kept (default data)")
-    add("--image-size", type=positive_int, metavar="N", help="draw or resize images to this size (default 16; a "
-        ".npz is taken as it is)")
+    add("--image-size", type=positive_int, metavar="N", help="draw or resize images to this size (default "
+        f"{default_size}; a .npz is taken as it is)")
 
 
 def settle_image_flags(args: Namespace) -> None:

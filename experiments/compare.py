@@ -1,7 +1,7 @@
 """At one sampling cost, which rank schedule gives the better images? And does an elastic model match its siblings?
 
     python experiments/compare.py                                 CIFAR-10 at 16x16, model tiny, keep 0.25
-    python experiments/compare.py --dataset shapes --keeps 0.25,0.12 --fit runs/elastic/ranks
+    python experiments/compare.py --dataset shapes --rows static,fitted --fit runs/elastic/ranks
     python experiments/compare.py --only static-0.25-s0           this run alone, say in one of two processes
     python experiments/compare.py --report                        the table of what is finished
     python experiments/compare.py --rows full,static,iso-compute,iso-param --keeps 0.75,0.5,0.25 --model DiT-S/2 \\
@@ -277,6 +277,8 @@ def read_command_line() -> Namespace:
     args.rows = common.choose("--rows", args.rows, ROWS)
     if "fitted" in args.rows and not args.fit:
         raise InputError("--rows fitted needs --fit DIR, the profiles that experiments/fit_ranks.py wrote")
+    if args.fit and "fitted" not in args.rows:
+        raise InputError(f"--fit {args.fit} is for the row fitted: add it to --rows")
     args.keeps = common.choose_numbers("--keeps", args.keeps, low=1e-3, high=1)
     common.settle_image_flags(args)
     return args

@@ -1,6 +1,6 @@
 """What an elastic run is worth at every budget, which shape of Phi(t) suits it, and how little guidance needs.
 
-    python train.py --method elastic --out runs/elastic
+    python train.py --method elastic --slices 2 --out runs/elastic
     python experiments/classifier.py --dataset shapes --out shapes_clf.pt
     python experiments/elastic.py --runs runs/elastic --dataset shapes --classifier shapes_clf.pt --out runs/judged
 
@@ -148,7 +148,7 @@ def main():
     add = parser.add_argument
     add("--runs", type=Path, nargs="+", required=True, metavar="DIR", help="folders of elastic runs, seeds of one "
         "experiment")
-    common.add_image_flags(parser)
+    common.add_image_flags(parser, "the run's")
     add("--classifier", type=Path, required=True, metavar="FILE", help="of experiments/classifier.py")
     add("--only", default=",".join(TABLES), metavar="NAME,...", help="these tables (default all)")
     add("--fit", type=Path, metavar="DIR", help="profiles of fit_ranks.py (default the first run's ranks/)")
@@ -241,7 +241,7 @@ def draw(results: dict, out: Path) -> None:
     guide = [row for row in results.get("guide", []) if row["time"] is not None]
     if guide:
         curves = {}
-        for first, w in itertools.product((1.0, 0.5), (1.5, 2.0, 3.0)):
+        for first, w in itertools.product(sorted({row["first"] for row in guide}), (1.5, 2.0, 3.0)):
             mine = [row for row in guide if (row["first"], row["w"]) == (first, w)]
             curves[f"first pass {first:g}, w {w:g}"] = curve(mine, "frechet")
         charts.append(plot.line_chart(curves, "fewer channels in the second pass", x_label, y_label))

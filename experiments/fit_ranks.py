@@ -1,6 +1,6 @@
 """Where along t do samples need rank? Fits a profile of shares to a budget, from one elastic run.
 
-    python train.py --method elastic --out runs/elastic
+    python train.py --method elastic --slices 2 --out runs/elastic
     python experiments/classifier.py --dataset shapes --out shapes_clf.pt
     python experiments/fit_ranks.py --run runs/elastic --dataset shapes --classifier shapes_clf.pt
     python sample.py --run runs/elastic --ranks runs/elastic/ranks/elbo-0.25.json
@@ -335,7 +335,7 @@ def read_command_line() -> Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--run", type=Path, required=True, metavar="DIR", help="folder of an elastic run")
-    common.add_image_flags(parser)
+    common.add_image_flags(parser, "the run's")
     add("--classifier", type=Path, metavar="FILE", help="of experiments/classifier.py, for the rollouts (default: none "
         "are made)")
     add("--shares", default="0.5,0.25,0.12", metavar="F,...", help="budgets: what sampling with these constant shares "

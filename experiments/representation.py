@@ -303,7 +303,7 @@ def read_command_line() -> Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--run", type=Path, required=True, metavar="DIR", help="folder of a run of train.py")
-    common.add_image_flags(parser)
+    common.add_image_flags(parser, "the run's")
     parser.set_defaults(dataset=None, data_dir=None)  # the run's
     add("--train-images", type=positive_int, metavar="N", help="of the run's dataset, the first N: the floor is then "
         "that of these alone (default: all)")

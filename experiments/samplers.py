@@ -31,7 +31,7 @@ def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--run", type=Path, required=True, metavar="DIR", help="folder of a run")
-    common.add_image_flags(parser)
+    common.add_image_flags(parser, "the run's")
     add("--classifier", type=Path, required=True, metavar="FILE", help="of experiments/classifier.py")
     add("--passes", default="5,10,20,50,100", metavar="N,...", help="of the network (default 5,10,20,50,100)")
     add("--guidance", type=float, metavar="W", help="(default: the run's)")

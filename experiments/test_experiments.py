@@ -865,6 +865,7 @@ def test_compare_script(few, tmp_path):
     net = opened(tmp_path / "fitted-0.25-s1")[0]
     assert net.config.rank_profile == ((1, 0.2), (500, 0.6)) and net.config.method == "iso-compute"
     refuses(compare, *flags, "--rows", "fitted", says="--fit")
+    refuses(compare, *flags, "--rows", "static", "--fit", tmp_path, says="add it to --rows")
     refuses(compare, *flags, "--keeps", "0.5,x", says=("--keeps", "numbers"))
 
 
