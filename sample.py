@@ -47,10 +47,10 @@ def guided(model: DiT, y: torch.Tensor | None, guidance: float, shares: Shares =
     y = y if labelled else none[None]
     guide = y if shares.guide_class == "same" else none.expand_as(y)
     # what t and a label say to the model is computed once for all images of this label
-    first, second, both = (labels.unique(return_inverse=True) for labels in (y, guide, torch.cat([y, guide])))
+    labels_c, labels_u = y.unique(return_inverse=True), guide.unique(return_inverse=True)
+    both = torch.cat([y, guide]).unique(return_inverse=True)
 
-    def answer(x, t, labels, share):
-        distinct, which = labels
+    def answer(x, t, share, distinct, which):  # which[i]: where image i's label is in distinct
         active = model.active(t, share)
         conditions = model.condition(torch.full_like(distinct, t), distinct, active)  # each (labels, 1, ...)
         return model.denoise(x, [c[which] for c in conditions], active).float()
@@ -58,13 +58,13 @@ def guided(model: DiT, y: torch.Tensor | None, guidance: float, shares: Shares =
     def output(x, t):
         share, guide_share = shares.passes(t, guidance, labelled)
         if guide_share is None:
-            return answer(x, t, first, share)
+            return answer(x, t, share, *labels_c)
         if share is None:
-            return answer(x, t, second, guide_share)
+            return answer(x, t, guide_share, *labels_u)
         if guide_share == share:
-            out_c, out_u = answer(torch.cat([x, x]), t, both, share).chunk(2)
+            out_c, out_u = answer(torch.cat([x, x]), t, share, *both).chunk(2)
         else:
-            out_c, out_u = answer(x, t, first, share), answer(x, t, second, guide_share)
+            out_c, out_u = answer(x, t, share, *labels_c), answer(x, t, guide_share, *labels_u)
         return out_u + guidance * (out_c - out_u)
 
     return output

@@ -213,13 +213,17 @@ def denoising_losses(model: DiT, dataset: Dataset, images: torch.Tensor, t: torc
     return torch.cat(losses) * eps_loss_factor(model.config.predict, model.noise_schedule)[t]
 
 
+def spread_over(group: range, n: int) -> torch.Tensor:
+    """n timesteps that lie evenly in the group, ascending: int64 (n,)"""
+    return group[0] + ((torch.arange(n, dtype=torch.float64) + 0.5) / n * len(group)).long()
+
+
 def held_out_loss(model: DiT, dataset: Dataset, per_group: int = 1000, seed: int = 0,
                   share: float | None = None) -> tuple[float, list[float]]:
     """The loss of eps on images the model has not seen: its mean over all t, and in each of the five groups. Every
     model meets the same images, noise and timesteps, which are spread evenly over each group, so that differences
     between models are not those of the draw."""
-    places = (torch.arange(per_group, dtype=torch.float64) + 0.5) / per_group
-    t = torch.cat([first + (places * (end - first)).long() for first, end in zip(GROUP_EDGES, GROUP_EDGES[1:])])
+    t = torch.cat([spread_over(range(*edges), per_group) for edges in zip(GROUP_EDGES, GROUP_EDGES[1:])])
     order = torch.randperm(len(dataset.images), generator=torch.Generator().manual_seed(seed))  # mixes the classes
     losses = denoising_losses(model, dataset, order[torch.arange(len(t)) % len(order)], t, seed, share=share)
     by_group = losses.view(5, per_group).mean(1)

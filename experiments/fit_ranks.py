@@ -114,8 +114,7 @@ def measure_harm(models: list[tuple[DiT, float | None]], images: Dataset, groups
     harm = {name: np.zeros((len(groups), len(models))) for name in OBJECTIVES[:3]}
     order, nats = torch.randperm(len(images.images), generator=torch.Generator().manual_seed(seed)), []
     for g, group in enumerate(groups):
-        places = (torch.arange(per_group, dtype=torch.float64) + 0.5) / per_group
-        t = group[0] + (places * len(group)).long()
+        t = common.spread_over(group, per_group)
         index, samples = order[torch.arange(per_group) % len(order)], range(g * per_group, (g + 1) * per_group)
         batch = common.noised_batch(models[0][0], images, index, t, samples, seed)
         weight, pixels = weights[t], batch.x_0[0].numel()

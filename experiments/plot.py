@@ -177,26 +177,10 @@ def line_chart(curves: Mapping[str, Sequence], title: str, x_label: str, y_label
     x_ticks = nice_ticks(np.concatenate([xs for xs, *_ in data.values()]))
     y_ticks = nice_ticks(np.concatenate([y for _, *ys in data.values() for y in ys]), log_y, 5)
 
-    legend, right, row = {}, WIDTH, -1  # name -> where its line begins; as many names in a row as fit
-    for name in filter(None, data):
-        width = min(46 + _font(TEXT * SCALE).getlength(name) / SCALE, RIGHT - 10)
-        if right + width > RIGHT + 10:
-            right, row = 20, row + 1
-        legend[name] = right, BOTTOM + 82 + 26 * row
-        right += width + 22
-
-    image = _canvas(BOTTOM + 104 + 26 * row, title)
-    for x, label in zip(position(x_ticks, x_ticks, LEFT, RIGHT).round(), tick_labels(x_ticks)):
-        _line(image, [(x, TOP), (x, BOTTOM + 5)], GRID)
-        _text(image, x, BOTTOM + 18, label, "mm", min(52, (RIGHT - LEFT) / len(x_ticks)))
-    for y, label in zip(position(y_ticks, y_ticks, BOTTOM, TOP, log_y).round(), tick_labels(y_ticks, log_y)):
-        _line(image, [(LEFT - 5, y), (RIGHT, y)], GRID)
-        _text(image, LEFT - 10, y, label, "rm", LEFT - 40)
-    for y in position(minor_ticks(y_ticks, log_y), y_ticks, BOTTOM, TOP, log_y).round():
-        _line(image, [(LEFT, y), (LEFT + 5, y)], GRID)
-    _text(image, (LEFT + RIGHT) / 2, BOTTOM + 46, x_label, "mm", RIGHT - LEFT + 40)
-    _text_upwards(image, 17, y_label)
-    _line(image, [(LEFT, TOP), (LEFT, BOTTOM), (RIGHT, BOTTOM)])
+    legend = _legend_places(list(filter(None, data)))
+    bottom = max((y for _, y in legend.values()), default=BOTTOM + 56)
+    image = _canvas(int(bottom) + 22, title)
+    _axes(image, x_ticks, y_ticks, x_label, y_label, log_y)
 
     drawn = []  # of each curve: pixels of xs, ys, ys - spread, ys + spread; stretches [start, stop) between gaps
     for xs, *ys in data.values():
@@ -205,20 +189,8 @@ def line_chart(curves: Mapping[str, Sequence], title: str, x_label: str, y_label
         changes = np.flatnonzero(np.diff(np.isfinite(x) & np.isfinite(y), prepend=False, append=False))
         drawn.append((x, y, low, high, list(zip(changes[::2], changes[1::2]))))
     for (x, y, low, high, stretches), colour in zip(drawn, itertools.cycle(COLOURS)):  # bands below all curves
-        if not (low > high).any():  # the pixel below is the larger one
-            continue
-        mask = Image.new("L", image.size)
-        for a, b in stretches:
-            if len(x) > 12 and b - a > 1:
-                edge = [*zip(x[a:b], high[a:b]), *zip(x[a:b][::-1], low[a:b][::-1])]
-                ImageDraw.Draw(mask).polygon(_at(edge), 50)
-                continue
-            for i in range(a, b):
-                if low[i] > high[i]:
-                    _line(mask, [(x[i], low[i]), (x[i], high[i])], 255, 1.5)
-                    for end in (low[i], high[i]):
-                        _line(mask, [(x[i] - 4, end), (x[i] + 4, end)], 255, 1.5)
-        image.paste(colour, mask=mask)
+        if (low > high).any():  # the pixel below is the larger one
+            _spread(image, x, low, high, stretches, colour)
     for number, (name, (x, y, _, _, stretches)) in enumerate(zip(data, drawn)):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         few = sum(b - a for a, b in stretches) <= 30
@@ -239,6 +211,48 @@ def line_chart(curves: Mapping[str, Sequence], title: str, x_label: str, y_label
         _marker(image, left + 18, y, marker, colour)
         _text(image, left + 44, y, name, "lm", RIGHT + 14 - left - 44)
     return _shrink(image)
+
+
+def _legend_places(names: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Where the line of each name begins: as many in a row as fit."""
+    places, right, row = {}, WIDTH, -1
+    for name in names:
+        width = min(46 + _font(TEXT * SCALE).getlength(name) / SCALE, RIGHT - 10)
+        if right + width > RIGHT + 10:
+            right, row = 20, row + 1
+        places[name] = right, BOTTOM + 82 + 26 * row
+        right += width + 22
+    return places
+
+
+def _axes(image: Image.Image, x_ticks, y_ticks, x_label: str, y_label: str, log_y: bool) -> None:
+    for x, label in zip(position(x_ticks, x_ticks, LEFT, RIGHT).round(), tick_labels(x_ticks)):
+        _line(image, [(x, TOP), (x, BOTTOM + 5)], GRID)
+        _text(image, x, BOTTOM + 18, label, "mm", min(52, (RIGHT - LEFT) / len(x_ticks)))
+    for y, label in zip(position(y_ticks, y_ticks, BOTTOM, TOP, log_y).round(), tick_labels(y_ticks, log_y)):
+        _line(image, [(LEFT - 5, y), (RIGHT, y)], GRID)
+        _text(image, LEFT - 10, y, label, "rm", LEFT - 40)
+    for y in position(minor_ticks(y_ticks, log_y), y_ticks, BOTTOM, TOP, log_y).round():
+        _line(image, [(LEFT, y), (LEFT + 5, y)], GRID)
+    _text(image, (LEFT + RIGHT) / 2, BOTTOM + 46, x_label, "mm", RIGHT - LEFT + 40)
+    _text_upwards(image, 17, y_label)
+    _line(image, [(LEFT, TOP), (LEFT, BOTTOM), (RIGHT, BOTTOM)])
+
+
+def _spread(image: Image.Image, x, low, high, stretches: list[tuple[int, int]], colour) -> None:
+    """A band where there are many points, else error bars."""
+    mask = Image.new("L", image.size)
+    for a, b in stretches:
+        if len(x) > 12 and b - a > 1:
+            edge = [*zip(x[a:b], high[a:b]), *zip(x[a:b][::-1], low[a:b][::-1])]
+            ImageDraw.Draw(mask).polygon(_at(edge), 50)
+            continue
+        for i in range(a, b):
+            if low[i] > high[i]:
+                _line(mask, [(x[i], low[i]), (x[i], high[i])], 255, 1.5)
+                for end in (low[i], high[i]):
+                    _line(mask, [(x[i] - 4, end), (x[i] + 4, end)], 255, 1.5)
+    image.paste(colour, mask=mask)
 
 
 def heat_colour(share: float) -> tuple[int, int, int]:

@@ -129,8 +129,7 @@ def group_gradients(model: DiT, dataset: Dataset, group: tuple[int, int], n: int
     model.requires_grad_(False)
     for p in matrices:
         p.requires_grad_(True)
-    first, last = group
-    all_t = first + ((torch.arange(n, dtype=torch.float64) + 0.5) / n * (last + 1 - first)).long()
+    all_t = common.spread_over(range(group[0], group[1] + 1), n)
     order = torch.randperm(len(dataset.images), generator=torch.Generator().manual_seed(seed))
     total = [torch.zeros(p.shape, dtype=torch.float64) for p in matrices]
     for b in range(batches):
