@@ -171,9 +171,11 @@ class Curriculum:
 
     def observe(self, first_step: int, losses: list[float]) -> None:
         """Takes the denoising losses of consecutive steps from `first_step` on; those of an earlier
-        stage are ignored. EMA_t = alpha L_t + (1 - alpha) EMA_{t-1} (C.3.2), afresh in each stage."""
+        stage are ignored, and those after a plateau, which stands until `advance` sees it: or a better
+        loss before the log line would undo it. EMA_t = alpha L_t + (1 - alpha) EMA_{t-1} (C.3.2), afresh
+        in each stage."""
         for step, loss in enumerate(losses, first_step):
-            if step < self.start:
+            if step < self.start or self.since_best >= self.patience:
                 continue
             self.ema = loss if self.ema is None else self.alpha * loss + (1 - self.alpha) * self.ema
             self.since_best = 0 if self.ema < self.best else self.since_best + 1

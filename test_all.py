@@ -428,6 +428,19 @@ def test_a_group_comes_when_the_loss_has_stopped_improving():
     assert c.ema == 3.0
 
 
+@pytest.mark.parametrize("every", [1, 7, 50, 300, 1000])
+def test_a_plateau_is_noticed_at_the_next_log_line(every):
+    """A plateau of 200 steps brings the next group although the loss has fallen again before the line, C.3.2: the log's
+    interval delays a group by less than itself."""
+    c, losses = Curriculum([1, 500], T, 10**6, share=1), [2.0] * 230 + [1.0] * 770
+    for step in range(1001):  # the 201st loss is the 200th without a new least
+        if step and step % every == 0:
+            c.observe(step - every, losses[step - every:step])
+        if c.advance(step):
+            break
+    assert c.stage == 1 and c.start == math.ceil(201 / every) * every
+
+
 def test_the_curriculum_takes_at_most_its_share():
     """Ours, so that short runs finish it: group j of N - 1 comes at the latest at step 0.4 steps j / (N - 1)."""
     c = Curriculum(GROUPS, T, 3000)
