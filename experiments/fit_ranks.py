@@ -138,13 +138,14 @@ def measure_harm(models: list[tuple[DiT, float | None]], images: Dataset, groups
 
 @torch.no_grad()
 def measure_rollouts(model: DiT, features: Callable, groups: list[range], steps: int, guidance: float, num: int,
-                     seed: int = 1) -> np.ndarray:
+                     classes: int, seed: int = 1) -> np.ndarray:
     """Mean squared distance, in a classifier's `features` of uint8 images, between images sampled with a share of the
-    channels in one group and all elsewhere, and those of the same noise sampled with all: (G, K)."""
+    channels in one group and all elsewhere, and those of the same noise sampled with all: (G, K). classes: of the
+    images; the model may have rows for more labels, which it has never seen."""
     config, visited = model.config, sampling_timesteps(steps)
     shape = (config.channels, config.image_size, config.image_size)
     noise = ImageNoise(seed, range(num), shape, model.position.device)()
-    y = torch.arange(num, device=noise.device) % config.num_classes if config.num_classes else None
+    y = torch.arange(num, device=noise.device) % classes if classes else None
     xs = [noise, *ddim(model, noise, steps, y, guidance)]  # x at each visited timestep
     wanted, shares = features(from_unit(xs[-1])), measured_shares(config.rho_min)
     harm = np.zeros((len(groups), len(shares)))
@@ -379,7 +380,7 @@ def main():
     if args.classifier:
         network = classifier.load_classifier(args.classifier, device, images)[0].eval()
         harms["rollout"] = measure_rollouts(model, network.features, groups, args.sampling_steps, args.guidance,
-                                            args.rollouts)
+                                            args.rollouts, len(images.classes))
 
     fitted, rows = {}, []
     for objective, harm in harms.items():

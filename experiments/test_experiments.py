@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import shutil
 import sys
 import zipfile
 from argparse import Namespace
@@ -991,6 +992,23 @@ def test_harm_of_few_channels(few, elastic_run):
             embedder.label.weight[:] = embedder.label.weight[10].clone()
     harm, nats = fit_ranks.measure_harm([(net, 0.2), (net, None)], images, groups, 6)
     assert np.allclose(nats, 0, atol=1e-6) and np.abs(harm["class"]).max() == 0
+
+
+def test_rollouts_ask_for_the_classes_of_the_images(few, elastic_run, tmp_path):
+    """A model may have more label rows than its images have classes (--num-classes 30): those are never drawn."""
+    run, judge = elastic_run
+    shutil.copytree(run, tmp_path / "more")
+    state = torch.load(run / "model.pt", weights_only=True)
+    state["config"]["num_classes"] = 30
+    name = "embedders.0.label.weight"
+    rows = state["model"][name]
+    state["model"][name] = torch.cat([rows[:10], torch.full((20, rows.shape[1]), 50.0), rows[10:]])
+    torch.save(state, tmp_path / "more" / "model.pt")
+    for folder, out in ((run, "same"), (tmp_path / "more", "other")):
+        runs(fit_ranks, "--run", folder, *few[:6], "--classifier", judge, "--per-group", 2, "--rollouts", 15,
+             "--sampling-steps", 2, "--shares", "0.5", "--out", tmp_path / out)
+    same, other = (json.loads((tmp_path / out / "harm.json").read_text())["harm"] for out in ("same", "other"))
+    assert other["rollout"] == same["rollout"] and other["class"] == same["class"]
 
 
 def test_fit_and_judge_scripts(few, elastic_run, tmp_path):
