@@ -13,7 +13,6 @@ curriculum.py before.
 import bisect
 import functools
 import json
-import math
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from curriculum import Curriculum, cluster_timesteps
+from curriculum import Curriculum, cluster_timesteps, latest_introduction
 from model import Config, linear_layers, parameter_count, preset_config, summary
 from schedule import T, NoiseSchedule, Shares, channels_of, elastic_shares, sampling_timesteps
 from script import Parser, add_flags, positive_int, run_script
@@ -176,7 +175,7 @@ def longest_curriculum(steps: int, groups: int, share: float, noise: str = "cosi
     starts = cluster_timesteps(NoiseSchedule(noise).log_snr, groups)
     if share == 1:  # without a limit, no group need ever follow the first
         return [(steps, starts[-1])]
-    begins = [math.ceil(share * steps * j / (groups - 1)) for j in range(groups)]
+    begins = [latest_introduction(share, steps, j, groups - 1) for j in range(groups)]
     return [(end - begin, t_low) for begin, end, t_low in zip(begins, begins[1:], reversed(starts))]
 
 

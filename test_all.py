@@ -445,6 +445,10 @@ def test_the_curriculum_takes_at_most_its_share():
     """Ours, so that short runs finish it: group j of N - 1 comes at the latest at step 0.4 steps j / (N - 1)."""
     c = Curriculum(GROUPS, T, 3000)
     assert [step for step in range(3000) if c.advance(step)] == [math.ceil(Fraction(1200 * j, 9)) for j in range(1, 10)]
+    for share, groups in (("0.55", 2), ("0.07", 3), ("0.28", 4), ("0.56", 10), ("0.3", 7)):  # 0.55 * 3000 > 1650 in floats
+        c, exact = Curriculum(GROUPS[:groups], T, 3000, float(share)), Fraction(share) * 3000 / (groups - 1)
+        assert [step for step in range(3000) if c.advance(step)] == [math.ceil(exact * j) for j in range(1, groups)]
+        assert sum(n for n, _ in flops.longest_curriculum(3000, groups, float(share))) == Fraction(share) * 3000
     without_limit = Curriculum(GROUPS, T, 3000, share=1)
     assert not any(without_limit.advance(step) for step in range(3000))
 
