@@ -16,7 +16,7 @@ compares weights), and NA-LR's curriculum and slices of the batch save multiply-
     stratified          every batch spread evenly over all t
     curriculum          the paper's (NA-LR 2.2, C.3): cheap steps first, so more of them
     slices              stratified, and each sixth of the batch computes only the channels that it needs: the same
-                        gradients for less, so more steps (needs a rank schedule: --method iso-compute)
+                        gradients for less, so more steps (not with --method full or static)
 
 Each is compared with plain of the same target, slices with stratified: one thing changes at a time. How many steps a
 contestant may take follows from shapes alone (flops.training_run); what it really spent stands beside it.
@@ -76,7 +76,7 @@ REFERENCE = dict.fromkeys(CONTESTANTS, "plain") | {"slices": "stratified"}
 def expected_cost(s: Settings, config: Config, steps: int) -> int:
     """Multiply-adds of a run of `steps` steps, if no plateau shortens its curriculum."""
     stages = flops.longest_curriculum(steps, s.curriculum_groups, s.curriculum_share, config.noise)
-    return flops.training_run(config, steps, s.batch_size, stages, s.orthogonality > 0, s.slices)
+    return flops.training_run(config, steps, s.batch_size, stages, s.orthogonality > 0, s.slices, s.distil > 0)
 
 
 def steps_for(budget: int, cost) -> int:
@@ -251,8 +251,8 @@ def main():
     plan = {}  # contestant -> (steps, expected multiply-adds), whatever is predicted
     for name in args.only:
         s, config = common.read_run_flags(flags_of(name, "v"), held_out)
-        if name == "slices" and config.rank_schedule() is None:
-            print("note: slices are left out: without a rank schedule all samples need all channels")
+        if name == "slices" and config.method in ("full", "static"):
+            print(f"note: slices are left out: with --method {config.method} all samples need all channels")
             continue
         cost = lambda steps: expected_cost(s, config, steps)
         if name == "plain":

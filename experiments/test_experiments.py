@@ -717,6 +717,18 @@ def test_equal_multiply_adds(name):
         assert steps == 23 or budget != cost[23]
 
 
+@pytest.mark.parametrize("slices, distil", [(1, 0.0), (6, 0.0), (6, 0.5)])
+def test_expected_cost_of_an_elastic_run(slices, distil):
+    """The second pass of --distil counts, and slices save."""
+    flags = common.as_flags(dict(dataset="shapes", method="elastic", distil=distil) | neighbours.PLAIN | dict(slices=slices))
+    s, config = common.read_run_flags(flags, shapes(10))
+    g, spent = torch.Generator().manual_seed(0), 0
+    for _ in range(50):
+        share = schedule.elastic_shares(s.batch_size, config.rho_min, g)
+        spent += flops.train_step(config, [1] * s.batch_size, slices, share=share, distil=distil > 0)
+    assert neighbours.expected_cost(s, config, 50) == pytest.approx(spent, rel=0.005)
+
+
 def test_neighbours_script(few, tmp_path):
     """Everyone spends what plain spends, whatever it predicts. Slices are compared with stratified draws alone, all
     others with plain. Finished runs are found again, and only the best are repeated."""
