@@ -106,8 +106,8 @@ def cluster_timesteps(log_snr: torch.Tensor, n: int) -> list[int]:
 
 
 def latest_introduction(share: float, steps: int, j: int, later: int) -> int:
-    """The step at which group j of the `later` ones after the first comes at the latest: the first step that is
-    not below share * steps * j / later. Less 1e-12 of it, for 0.55 * 3000 is 1650.0000000000002 in floats."""
+    """The step at which group j of the `later` ones after the first comes at the latest: the first one not
+    below share * steps * j / later. (Less 1e-12 of it: 0.55 * 3000 is 1650.0000000000002 in floats.)"""
     return math.ceil(share * steps * j / later * (1 - 1e-12))
 
 
