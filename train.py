@@ -467,7 +467,7 @@ def open_run(argv: list[str] | None) -> tuple[Run, dict]:
 def read_command_line(argv: list[str] | None):
     """(run folder, None where one is to be made; settings; all flags, where a run goes on with those that it
     has; those given)"""
-    own = (f"{model}: " + ", ".join(f"{name} {value}" for name, value in defaults.items())
+    own = (f"{model}: " + " ".join(f"{flag(name)} {value}" for name, value in defaults.items())
            for model, defaults in (("tiny", TINY), ("small", SMALL)))
     parser = Parser(description=__doc__, epilog="defaults of " + "\nand of ".join(own))
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: a new one under runs/)")
