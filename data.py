@@ -166,7 +166,7 @@ def load(name: str, data_dir: str = "data", split: str = "train", image_size: in
 
 def decode(source: Source, data_dir: str = "data") -> Dataset:
     """Reads all images of a source. Image files are decoded once: the tensor is kept in `data_dir`/cache
-    under a hash of names, sizes and times. Raises InputError for a broken image."""
+    under a hash of place, names, sizes and times. Raises InputError for a broken image."""
     labels = torch.zeros(source.n, dtype=torch.int64) if source.labels is None else source.labels
     if source.cache_key is None:
         return Dataset(source.name, source.read(0, source.n).contiguous(), labels, source.classes)
@@ -280,7 +280,9 @@ def _from_files(path: Path, stamps: dict, size: int | None, crop: int | None = N
                 raise InputError(f"{path}: {name!r} and {names[0]!r} differ in size; add --image-size N")
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # (j - i, 3, H, W)
 
-    key = hashlib.sha256(repr(["version 2, on black", [(n, stamps[n]) for n in names], size, crop]).encode())
+    # the place, too: files of equal names, sizes and times may hold other images elsewhere
+    content = ["version 3, on black", str(path.resolve()), [(n, stamps[n]) for n in names], size, crop]
+    key = hashlib.sha256(repr(content).encode())
     return Source(str(path), len(names), read, labels, classes, key.hexdigest())
 
 

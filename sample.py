@@ -286,7 +286,7 @@ def choose_classes(text: str, names: list[str]) -> list[int]:
     chosen = []
     for word in text.split(","):
         word = word.strip()
-        c = names.index(word) if word in names else int(word) if word.isdecimal() else -1
+        c = names.index(word) if word in names else int(word) if word.isdecimal() and len(word) < 10 else -1
         if not 0 <= c < len(names):
             raise InputError(f"class {word!r} is unknown: give numbers from 0 to {len(names) - 1} "
                              f"({', '.join(names[:20])}), or all")
@@ -409,10 +409,13 @@ def main():
     decode = load_decoder(o, model.config, device)
     as_latents = bool(model.config.mean) and not decode
     name = f"{o.sampler}{o.steps}_seed{o.seed}"
-    for word in ("classes", "guidance", "budget", "ranks", "guide_share", "guide_class", "clip"):
+    for word in ("num", "first", "classes", "guidance", "budget", "ranks", "guide_share", "guide_class",
+                 "clip"):
         if (value := getattr(o, word)) != getattr(Options, word):
             name += f"_{word}-{Path(value).stem if word == 'ranks' else value}"
     out = Path(o.out or run / "samples" / (name + (".npz" if as_latents else ".png")))
+    if not o.out and len(out.name.encode()) > 200:
+        raise InputError("--classes is too long for the name of a file; name one by --out")
     as_folder = out.suffix not in (".png", ".npz")
     check_out(out, as_folder)
     if as_latents and out.suffix != ".npz":
@@ -444,7 +447,8 @@ def main():
     elif out.suffix == ".png":
         save_grid(out, torch.cat(images), grid_columns(len(classes)))
         if len(classes) == grid_columns(len(classes)):
-            print("columns:", ", ".join(state["classes"][c] for c in classes))
+            columns = [classes[(o.first + i) % len(classes)] for i in range(len(classes))]
+            print("columns:", ", ".join(state["classes"][c] for c in columns))
     guided_by = f", guidance {guidance:g}" if guidance != 1 else ""
     print(f"{o.num} images, {o.sampler} {o.steps} steps{guided_by}: {out}")
     cost = flops.sampling(model.config, o.steps, guidance, shares, bool(classes), o.sampler)

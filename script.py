@@ -369,5 +369,5 @@ def claim_folder(folder: Path) -> None:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise InputError(f"another process writes to {folder}; wait, or choose another --out") from None
-    for leftover in folder.glob(".*.tmp"):
+    for leftover in folder.glob(".*.[0-9]*.tmp"):  # as `write_then_rename` names them
         leftover.unlink()

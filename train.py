@@ -18,6 +18,7 @@ import copy
 import functools
 import json
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -280,7 +281,7 @@ def run_steps(run: "Run", take_step: Callable[[Batch], torch.Tensor],
     end_progress()
     if state.step < s.steps:
         print(f"stopped after step {state.step}, all is saved in {run.folder}; go on with the same command "
-              f"(train.py: --resume --out {run.folder})", file=sys.stderr)
+              f"(train.py: --resume --out {run.shown_folder})", file=sys.stderr)
         sys.exit(130)
 
 
@@ -314,8 +315,8 @@ def main(argv: list[str] | None = None) -> None:
           f"{duration(time.time() - begin)} in this call")
     if run.may_draw:
         print(f"picture     {run.draw('final.png')}")
-    print(f"more        python sample.py --run {run.folder}")
-    print(f"losses      python experiments/curves.py {run.folder}")
+    print(f"more        python sample.py --run {run.shown_folder}")
+    print(f"losses      python experiments/curves.py {run.shown_folder}")
 
 
 # ====================================================================================================
@@ -339,6 +340,11 @@ class Run:
         fixed = {name: value for name, value in asdict(self.s).items() if name not in MAY_CHANGE}
         images = f"{len(self.dataset.images)} images of classes {', '.join(self.dataset.classes)}"
         return fixed | asdict(self.state.model.config) | {"dataset": images}
+
+    @property
+    def shown_folder(self) -> str:
+        """For a command that a person copies."""
+        return shlex.quote(str(self.folder))
 
     @property
     def may_draw(self) -> bool:
@@ -367,8 +373,8 @@ class Run:
         if not (losses.isfinite().all() and norms.isfinite().all()):
             end_progress()
             raise InputError(f"the loss stopped being finite before step {self.state.step}; take a lower "
-                             f"learning rate: train.py --resume --out {self.folder} --lr {self.s.lr / 2:g} "
-                             "goes on from what was saved before")
+                             f"learning rate: train.py --resume --out {self.shown_folder} "
+                             f"--lr {self.s.lr / 2:g} goes on from what was saved before")
         return losses
 
 
@@ -443,7 +449,10 @@ def open_run(argv: list[str] | None) -> tuple[Run, dict]:
         raise InputError(f"{source.name} has images of {width}x{height}; --image-size N makes them square")
     facts = dict(num_classes=classes)
     if first.dtype != torch.uint8:
-        std, mean = torch.std_mean(source.read(0, source.n).float(), (0, 2, 3))
+        std, mean = torch.std_mean(source.read(0, source.n).float(), (0, 2, 3), correction=0)
+        if std.min() <= 1e-6:
+            raise InputError(f"{source.name}: a channel of the latents is constant (standard deviations "
+                             f"{', '.join(f'{x:.3g}' for x in std.tolist())}); leave it out")
         # unclipped, as latents must be, eps would multiply errors by 20,291 at t = T
         facts |= dict(channels=channels, mean=mean.tolist(), std=std.tolist(), predict="v")
     config = preset_config(s.model, flags | {"image_size": height}, **facts)
@@ -462,6 +471,9 @@ def open_run(argv: list[str] | None) -> tuple[Run, dict]:
     if processes.number == 0:
         start_run(folder, dict(model=asdict(config), train=asdict(s)), run.state.lines)
     return run, given
+
+
+RUN_FILES = ("config.json", "metrics.jsonl")  # what a run writes before its first save
 
 
 def read_command_line(argv: list[str] | None):
@@ -483,6 +495,12 @@ def read_command_line(argv: list[str] | None):
         raise InputError(f"--resume: {folder} does not exist; name the folder of a run")
     if folder is not None and (folder / "state.pt").exists() and not resume:
         raise InputError(f"{folder} already holds a run; go on with it by --resume, or choose another --out")
+    if folder is not None and not resume and any((folder / name).exists() for name in RUN_FILES):
+        try:  # a run that was ended before its first save begins afresh
+            read_config(folder)
+        except (InputError, OSError):
+            raise InputError(f"{folder} holds {' or '.join(RUN_FILES)} that are not of a run; choose another "
+                             "--out") from None
     if resume and (folder / "config.json").exists():
         config, s = read_config(folder)
         flags = asdict(config) | asdict(s) | given
