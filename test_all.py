@@ -10,6 +10,7 @@ arithmetic, and rounds in another way on every machine. Bits are compared only b
 
 import contextlib
 import copy
+import functools
 import io
 import itertools
 import json
@@ -20,7 +21,6 @@ import random
 import shutil
 import subprocess
 import sys
-import time
 import tracemalloc
 import warnings
 import zipfile
@@ -38,7 +38,8 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import curriculum
 import data
@@ -121,6 +122,9 @@ def low_rank_layer(n, m, r, dtype=torch.float64):
     return layer
 
 
+drawn_once = functools.cache(data.draw_shapes)  # 20,000 shapes take longer than the runs that ask for them
+
+
 def cli(module, *arguments):
     """Runs a script's main() with these arguments, in this process: (exit status, stdout, stderr). A warning is a line
     on stderr, as it is outside of pytest."""
@@ -129,6 +133,7 @@ def cli(module, *arguments):
         warnings.resetwarnings()
         warnings.simplefilter("ignore", DeprecationWarning)
         patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+        patch.setattr(data, "draw_shapes", drawn_once)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 script.run_script(module.main)
@@ -180,6 +185,67 @@ def elastic_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("elastic") / "r"
     assert "rank 2..16" in quick_training("--method", "elastic", "--steps", 4, "--out", folder)
     return folder
+
+
+# What some tests need a process of its own for: KILLED is train.py, ended by SIGKILL before a certain step; COMPILED tells
+# how many graphs there were after each step.
+
+KILLED = f"""import os, sys, model, train
+model.PRESETS["tiny"], at, draw = {ONE_BLOCK}, int(sys.argv.pop(1)), train.draw_batch
+train.draw_batch = lambda data, state, *rest: os.kill(os.getpid(), 9) if state.step == at else draw(data, state, *rest)
+train.run_script(train.main)"""
+COMPILED = f"""import model, torch, train
+model.PRESETS["tiny"], graphs, after = {ONE_BLOCK}, [], []
+real_compile, ema, aot_eager = torch.compile, train.update_ema, torch._dynamo.lookup_backend("aot_eager")
+backend = lambda graph, example: graphs.append(graph) or aot_eager(graph, example)
+torch.compile = lambda net: real_compile(net, backend=backend)
+train.update_ema = lambda state, s: after.append(len(graphs)) or ema(state, s)
+train.main()
+print(after)"""
+IN_THREE_STAGES = ["--steps", 20, "--batch-size", 10, "--slices", 3, "--curriculum-groups", 3, "--log-every", 50]
+IN_TWO = [*QUICK, "--batch-size", 8, "--log-every", 3, "--seed", 3, "--slices", 2, "--steps", 12]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", train.__file__, *IN_TWO]
+SAMPLE = [sys.executable, sample.__file__, "--run", "Läufe", "--num", 1, "--steps", 2]
+KILLED_AT = lambda step, name: ["-c", KILLED, step, *QUICK, "--steps", 30, "--save-every", 13, "--out", name]
+PROCESSES = {  # by name: the longest first; Python's arguments, or those of a shell
+    "compiled": ["-c", COMPILED, *QUICK, *IN_THREE_STAGES, "--compile", "--out", "compiled"],
+    "two": [*TORCHRUN, "--save-every", 8, "--out", "two"],
+    "two, elastic": [*TORCHRUN, *DISTIL, "--save-every", 8, "--out", "two, elastic"],
+    "killed at 7": KILLED_AT(7, "killed at 7"), "killed at 17": KILLED_AT(17, "killed at 17"),
+    "killed at 17, elastic": [*KILLED_AT(17, "killed at 17, elastic"), *DISTIL],
+    "output closed": ["sh", "-c", 'exec "$@" --out a.png >&-', "sh", *SAMPLE],
+    "output in ascii": ["env", "PYTHONIOENCODING=ascii", *SAMPLE],
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def begun(request, tmp_path_factory):
+    """The processes that the chosen tests name, begun before the first test: they run one after the other beside the
+    tests, on a second core. (Their folder; {name: what will hold exit status and output})"""
+    named = {item.callspec.params.get("process") for item in request.session.items if hasattr(item, "callspec")}
+    folder, environment = tmp_path_factory.mktemp("processes"), os.environ | dict(PYTHONPATH=str(HERE))
+    if any(name.startswith("output") for name in named if name):
+        shutil.copytree(request.getfixturevalue("elastic_run"), folder / "Läufe")
+
+    def run(command):
+        command = [sys.executable, *command] if command[0].startswith("-") else command
+        return subprocess.run([*map(str, command)], cwd=folder, env=environment, capture_output=True, text=True)
+
+    pool = ThreadPoolExecutor(1)
+    yield folder, {name: pool.submit(run, command) for name, command in PROCESSES.items() if name in named}
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture
+def processes(begun):
+    """The folder in which the processes run."""
+    return begun[0]
+
+
+@pytest.fixture
+def finished(begun, process):
+    """Exit status and output of the process that a test names, once it has ended."""
+    return begun[1][process].result()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1283,12 +1349,24 @@ def batch_of(config, t, share=None):
     return train.Batch(x_0.clamp(-1, 1), y, inputs(config, len(t), seed=2)[0], torch.tensor(t), share)
 
 
+class TorchsCounter(TorchDispatchMode):
+    """torch.utils.flop_counter's formulas, applied to every operator: FlopCounterMode without its slow search inside
+    of operators that have none."""
+    total = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **kwargs or {})
+        if operator._overloadpacket in flop_registry:
+            self.total += flop_registry[operator._overloadpacket](*args, **kwargs or {}, out_val=result)
+        return result
+
+
 @contextlib.contextmanager
 def multiply_adds(counted):
     """Appends what torch's own counter, which books 2 for each, finds inside. Fused attention it may not know."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), TorchsCounter() as counter:
         yield
-    counted.append(counter.get_total_flops() // 2)
+    counted.append(counter.total // 2)
 
 
 @pytest.mark.parametrize("method", model.METHODS)
@@ -1643,15 +1721,10 @@ def test_sample_script_at_any_share(elastic_run, arguments, says, tmp_path, monk
     assert (f", {1 - counted[0] / full:.1%} less than" in out) == (counted[0] < full)
 
 
-def test_output_that_is_closed_or_knows_few_letters(elastic_run, tmp_path):
+@pytest.mark.parametrize("process", ["output closed", "output in ascii"])
+def test_output_that_is_closed_or_knows_few_letters(finished):
     """Neither is a reason to stop: a shell may close stdout, a terminal may not show the name of a folder."""
-    shutil.copytree(elastic_run, tmp_path / "Läufe")
-    command = f"{sys.executable} {sample.__file__} --run {tmp_path}/Läufe --num 1 --steps 2"
-    commands = (f"{command} --out {tmp_path}/a.png >&-", f"PYTHONIOENCODING=ascii {command}")
-    both = [subprocess.Popen(shell, shell=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for shell in commands]
-    for process in both:
-        _, errors = process.communicate(timeout=120)
-        assert (process.returncode, errors) == (0, b""), errors
+    assert (finished.returncode, finished.stderr) == (0, "")
 
 
 def test_a_grid_that_is_asked_otherwise_has_another_name(elastic_run, tmp_path):
@@ -1839,22 +1912,17 @@ def test_losses_and_multiply_adds_of_the_log(predict, tmp_path, monkeypatch):
     assert log[-1]["flops"] == sum(flops.train_step(config, t.tolist(), 2, t_low) for t, _, t_low in steps)
 
 
-def test_compiled_runs_take_the_same_steps_with_few_graphs(tmp_path, monkeypatch):
+@pytest.mark.parametrize("process", ["compiled"])
+def test_compiled_runs_take_the_same_steps_with_few_graphs(finished, processes, tmp_path):
     """--compile, here with a backend that runs what was traced: the same losses in all stages and slices, and after the
     first few graphs, widths that were never seen need no new ones."""
-    graphs, after, real_compile, ema = [], [], torch.compile, train.update_ema
-    aot_eager = torch._dynamo.lookup_backend("aot_eager")
-    backend = lambda graph, example: graphs.append(graph) or aot_eager(graph, example)
-    monkeypatch.setattr(torch, "compile", lambda net, **more: real_compile(net, **more | {"backend": backend}))
-    monkeypatch.setattr(train, "update_ema", lambda state, s: after.append(len(graphs)) or ema(state, s))
-    torch._dynamo.reset()
-    common = ["--steps", 20, "--batch-size", 10, "--slices", 3, "--curriculum-groups", 3, "--log-every", 50]
-    plain, compiled = tmp_path / "plain", tmp_path / "compiled"
-    quick_training(*common, "--out", plain)
-    quick_training(*common, "--out", compiled, "--compile")
-    assert log_of(compiled)[-1]["stage"] == 2 and after[19] == 0
-    assert log_of(compiled)[-1]["loss"] == pytest.approx(log_of(plain)[-1]["loss"], rel=1e-3)
-    assert 0 < after[30] <= 6 and after[30] == after[-1]  # at 8, torch gives up and compiles no more
+    assert finished.returncode == 0, finished.stderr
+    quick_training(*IN_THREE_STAGES, "--out", tmp_path / "plain")
+    plain, compiled = log_of(tmp_path / "plain")[-1], log_of(processes / "compiled")[-1]
+    graphs = json.loads(finished.stdout.splitlines()[-1])  # after each step
+    assert plain["stage"] == compiled["stage"] == 2 and len(graphs) == 20
+    assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-3)
+    assert 0 < graphs[10] <= 6 and graphs[10] == graphs[-1]  # at 8, torch gives up and compiles no more
 
 
 def same_state(a, b):
@@ -1876,18 +1944,12 @@ def thirty_steps(tmp_path_factory):
     return folder, quick_training("--steps", 30, "--sample-every", 5, "--out", folder)
 
 
-# train.py, ended by SIGKILL before a certain step
-KILLED = f"""import os, sys, model, train
-model.PRESETS["tiny"], at, draw = {ONE_BLOCK}, int(sys.argv.pop(1)), train.draw_batch
-train.draw_batch = lambda data, state, *rest: os.kill(os.getpid(), 9) if state.step == at else draw(data, state, *rest)
-train.run_script(train.main)"""
-
-
-@pytest.mark.parametrize("killed_at, more", [(7, []), (17, []), (17, DISTIL)], ids=str)
-def test_a_killed_run_resumes_bit_identically(killed_at, more, thirty_steps, tmp_path):
+@pytest.mark.parametrize("process, killed_at, more", [
+    ("killed at 7", 7, []), ("killed at 17", 17, []), ("killed at 17, elastic", 17, DISTIL)])
+def test_a_killed_run_resumes_bit_identically(finished, process, killed_at, more, processes, thirty_steps, tmp_path):
     """30 steps straight; and a kill before the first save at step 13, or after it, between log lines. Weights, EMA,
     optimiser, generators, curriculum and log agree to the last bit. --slices may change, for bits only to 1."""
-    folder, straight = tmp_path / "r", tmp_path / "straight" if more else thirty_steps[0]
+    folder, straight = processes / process, tmp_path / "straight" if more else thirty_steps[0]
     if more:
         quick_training("--steps", 30, *more, "--out", straight)
         (config, *_), spent, g = train.read_config(straight), 0, torch.Generator().manual_seed(0)
@@ -1895,9 +1957,7 @@ def test_a_killed_run_resumes_bit_identically(killed_at, more, thirty_steps, tmp
             torch.rand(4, dtype=torch.float64, generator=g), torch.randperm(4, generator=g)  # t and its order
             spent += flops.train_step(config, [1] * 4, share=schedule.elastic_shares(4, 0.1, g), distil=True)
         assert log_of(straight)[-1]["flops"] == spent
-    arguments = [str(killed_at), *QUICK, "--steps", "30", "--save-every", "13", *more, "--out", str(folder)]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=HERE, capture_output=True)
-    assert killed.returncode == -SIGKILL, killed.stderr
+    assert finished.returncode == -SIGKILL, finished.stderr
     (folder / ".state.pt.1.tmp").touch()  # what a kill during a write leaves
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 29, "lo')  # half a line
@@ -1908,26 +1968,39 @@ def test_a_killed_run_resumes_bit_identically(killed_at, more, thirty_steps, tmp
     assert timeless(folder) == timeless(straight) and not list(folder.glob(".*.tmp"))
 
 
-def test_a_second_training_is_refused_and_ctrl_c_saves_the_first(tmp_path):
-    folder = tmp_path / "r"
-    process = subprocess.Popen([sys.executable, "train.py", *QUICK, "--steps", "100000", "--out", str(folder)],
-                               cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    end = time.time() + 120
-    while process.poll() is None and not (folder / "metrics.jsonl").exists() and time.time() < end:
-        time.sleep(0.01)
-    refuses(train, "--resume", "--steps", 1, "--out", folder, says="another process")
-    process.send_signal(SIGINT)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and "--resume" in err and "Traceback" not in err
+# what another process does that finds the lock of a folder free
+LOCK = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB); "
+
+
+def test_ctrl_c_saves_a_run(tmp_path, monkeypatch):
+    """It ends after the step, with everything saved. Until then the folder is locked for other processes."""
+    folder, lock, draw, refused = tmp_path / "r", tmp_path / "r" / ".lock", train.draw_batch, []
+
+    def draw_batch(dataset, state, s):
+        if state.step == 7:
+            other = subprocess.run([sys.executable, "-c", LOCK, lock], capture_output=True, text=True)
+            refused.append("BlockingIOError" in other.stderr)
+            os.kill(os.getpid(), SIGINT)
+        return draw(dataset, state, s)
+
+    monkeypatch.setattr(train, "draw_batch", draw_batch)
+    monkeypatch.setitem(model.PRESETS, "tiny", ONE_BLOCK)
+    code, _, err = cli(train, *QUICK, "--steps", 100, "--out", folder)
+    assert code == 130 and refused == [True] and "--resume" in err and "Traceback" not in err
     state = saved(folder)
-    assert state["step"] >= 1 and len(state["losses"]) == len(state["timesteps"]) == state["step"] % 5
-    lock = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(); sys.stdin.read()"
+    assert state["step"] == 8 and len(state["losses"]) == len(state["timesteps"]) == 8 % 5
+
+
+def test_a_second_training_is_refused(run, tmp_path):
+    """While another process trains in the folder, and also when both have just begun and nothing is written yet."""
+    shutil.copytree(run, tmp_path / "r")
     (tmp_path / "new").mkdir()
-    path = tmp_path / "new" / ".lock"
-    holder = subprocess.Popen([sys.executable, "-c", lock, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    holder.stdout.readline()  # two that start at the same time: neither has written anything yet
-    refuses(train, *QUICK, "--steps", 5, "--out", tmp_path / "new", says="another process")
-    holder.communicate()
+    for folder, arguments in (("r", ["--resume", "--steps", 9]), ("new", [*QUICK, "--steps", 5])):
+        holder = subprocess.Popen([sys.executable, "-c", f"{LOCK} print(flush=True); sys.stdin.read()",
+                                   tmp_path / folder / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        holder.stdout.readline()
+        refuses(train, *arguments, "--out", tmp_path / folder, says="another process")
+        holder.communicate()
     assert os.listdir(tmp_path / "new") == [".lock"]
 
 
@@ -2192,29 +2265,26 @@ def test_an_optimiser_state_from_another_device_fits_a_fused_optimiser(run):
     assert state.optimizer.param_groups[0]["fused"] and state.step == 6
 
 
-@pytest.mark.parametrize("more", [[], DISTIL], ids=str)
-def test_two_processes_take_the_steps_of_one(more, tmp_path):
+@pytest.mark.parametrize("process, more", [("two", []), ("two, elastic", DISTIL)])
+def test_two_processes_take_the_steps_of_one(finished, process, more, processes, tmp_path):
     """--batch-size is the global batch: timesteps, noise, flips and dropped labels are those of one process, the
     curriculum watches the loss of all, process 0 writes, and a resumed run may have another number of both."""
-    common = [*QUICK, "--batch-size", 8, "--log-every", 3, "--seed", 3, "--slices", 2, "--steps", 12, *more]
-    done(train, *common, "--out", tmp_path / "one")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-    two = subprocess.run([*torchrun, *map(str, common), "--save-every", "8", "--out", str(tmp_path / "two")], cwd=HERE,
-                         text=True, capture_output=True)
-    assert two.returncode == 0 and two.stdout.count("\ndone ") == 1, two.stderr
-    a, b = (saved(tmp_path / name) for name in ("one", "two"))
-    config, s = train.read_config(tmp_path / "one")
+    assert finished.returncode == 0 and finished.stdout.count("\ndone ") == 1, finished.stderr
+    folder_1, folder_2 = tmp_path / "one", processes / process
+    done(train, *IN_TWO, *more, "--out", folder_1)
+    a, b = saved(folder_1), saved(folder_2)
+    config, s = train.read_config(folder_1)
     start = train.State(s, config, CPU).model.state_dict()
     moved = lambda x, y: torch.cat([(x[name] - y[name]).flatten() for name in start]).norm()
     assert moved(b["model"], a["model"]) < 1e-2 * moved(a["model"], start)
     a, b = (torch.cat([m["exp_avg"].flatten() for m in state["optimizer"]["state"].values()]) for state in (a, b))
     assert (b - a).norm() < 1e-3 * a.norm()
-    for x, y in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+    for x, y in zip(log_of(folder_1), log_of(folder_2), strict=True):
         assert y["loss"] == pytest.approx(x["loss"], rel=1e-4) and y["t_low"] == x["t_low"]
         losses, others = ([loss or 0 for loss in line["loss_by_group"]] for line in (x, y))
         assert losses == pytest.approx(others, rel=1e-3)
-    done(train, "--resume", "--steps", 14, "--slices", 1, "--out", tmp_path / "two")  # two began it, one goes on
-    assert saved(tmp_path / "two")["step"] == 14
+    done(train, "--resume", "--steps", 14, "--slices", 1, "--out", folder_2)  # two began it, one goes on
+    assert saved(folder_2)["step"] == 14
 
 
 # ----------------------------------------------------------------------------------------------------
