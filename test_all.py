@@ -384,7 +384,7 @@ def test_eq_4_masking_is_eq_5_slicing(n, m, r, dtype, tolerance):
     x, direction = torch.randn(2, 3, n, dtype=dtype, requires_grad=True), torch.randn(2, 3, m, dtype=dtype)
 
     outcome = lambda y: [y.detach(), *gradients((y * direction).sum(), x, layer.U, layer.V, layer.bias)]
-    for k in RankSchedule().table(r).unique().tolist()[::5] + [r]:
+    for k in RankSchedule().table(r).unique().tolist()[::10] + [r]:
         S = zeros.index_fill(0, torch.arange(k), 1).expand(2, r)
         masked, sliced = outcome(layer(x, {r: Channels(r, S)})), outcome(layer(x, {r: Channels(k)}))
         dense = outcome(F.linear(x, layer.U[:k].t() @ layer.V[:k], layer.bias))
@@ -436,9 +436,9 @@ def test_eq_6_the_cost_of_a_layer():
 def test_iso_compute(r_base, given):
     """The r_max whose Phi, averaged over the 100 sampling timesteps, is closest to r_base. 3.1"""
     phi = RankSchedule(**given)
-    average = lambda r: phi.table(r)[10::10].sum().item() / 100
+    distance = lambda r: abs(phi.table(r)[10::10].sum().item() / 100 - r_base)
     best = schedule.iso_compute_rank(r_base, phi, 10**6)
-    assert all(abs(average(best) - r_base) <= abs(average(r) - r_base) for r in range(1, 15 * r_base + 3))
+    assert distance(best) == min(distance(r) for r in range(1, 15 * r_base + 3))
     assert schedule.iso_compute_rank(r_base, phi, r_base) == r_base  # the limit, min(m, n)
 
 
@@ -833,7 +833,7 @@ def test_the_orthogonality_penalty_lowers_the_off_diagonals():
     for weight in (0.0, train.Settings.orthogonality):
         net = awake(Config(**SMALL, method="static"), dtype=torch.float32)
         optimizer, g = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0), torch.Generator().manual_seed(0)
-        for _ in range(120):
+        for _ in range(90):
             x, t = torch.randn(16, 3, 8, 8, generator=g), torch.randint(1, T + 1, (16,), generator=g)
             loss = (net(x, t, torch.zeros(16).long()) - x).square().mean()
             (loss + weight * lowrank.orthogonality_penalty(net)).backward()
@@ -1394,7 +1394,7 @@ def test_a_training_step_is_torchs_count(method, changes):
     config, t = Config(**SMALL | changes | given), [350, 600, 601, 800, T]
     s, state = training_state(config, t_low=200)
     elastic, share = method == "elastic", schedule.elastic_shares(5, 0.1)
-    for slices, penalty, distil in ((1, 0.0, 0.0), (3, 0.1, 1.0 * elastic), (9, 0.1, 1.0 * elastic), (2, 0.1, 0.0)):
+    for slices, penalty, distil in ((1, 0.0, 0.0), (3, 0.1, 1.0 * elastic), (9, 0.1, 0.0)):
         count = lambda i, step, processes: flops.train_step(
             config, t[i::step], slices, 200, penalty > 0, processes, *([share[i::step], distil > 0] if elastic else []))
         with multiply_adds(counted := []):
