@@ -452,8 +452,7 @@ def test_iso_presets_of_the_whole_model():
     assert [l.rank for l in model.linear_layers(param)] == [l.rank for l in model.linear_layers(static)]
     assert flops.sampling(compute) == pytest.approx(flops.sampling(static), rel=0.003)
     assert flops.sampling(param) < 0.8 * flops.sampling(static)
-    built = sum(p.numel() for p in DiT(replace(param, num_classes=1000), initialise=False).parameters())
-    assert f"{built / 1e6:.2f}" == "22.94"  # Table 2: all but these are factorised
+    # section 2.1 and Table 2: all but these are factorised
     dense = {layer.name for layer in model.linear_layers(param) if layer.rank is None}
     assert dense == {"blocks.0.mlp_in", "blocks.0.mlp_out", "final_adaln", "final_out"}
 
@@ -1486,13 +1485,6 @@ def test_the_report_compares_the_model_with_its_siblings():
     assert report["models"][0]["training"] == flops.training_run(static, 100, 8, penalty=False)
 
 
-@pytest.mark.parametrize("arguments, says", [
-    (["--keep", 1.5], "--keep"), (["--model", "DiT-S/8", "--image-size", 20], "divisible"), (["--run", "x"], "--run"),
-    (["--sampling-steps", 2000], "1 to 1000"), (["--curriculum-groups", 100], "at most 50"), (["--steps", 0], "steps")])
-def test_flops_refuses(arguments, says):
-    refuses(flops, *arguments, says=("flops.py: ", says))
-
-
 def paper_model(name="DiT-S/2", size=32, method="full", keep=1.0):
     return Config(**model.PRESETS[name], image_size=size, num_classes=1000, method=method, keep=keep)
 
@@ -1629,34 +1621,30 @@ def test_an_image_does_not_depend_on_its_batch(sampler):
 
 
 def test_sample_script_writes_a_grid_an_array_and_a_folder(run, tmp_path):
-    common = ["--run", run, "--num", 5, "--steps", 3, "--batch-size", 2, "--device", "cpu", "--classes", "3,star"]
-    for out in ("x.png", "x.npz", "folder"):
-        assert "guidance 2" in done(sample, *common, "--out", tmp_path / out)
-    with np.load(tmp_path / "x.npz") as file:
-        images, labels = file["arr_0"], file["labels"]
-    assert images.shape == (5, 8, 8, 3) and images.dtype == np.uint8 and labels.tolist() == [3, 7, 3, 7, 3]
-    assert sorted(os.listdir(tmp_path / "folder")) == [f"{i:06d}.png" for i in range(5)]
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "folder" / "000004.png")), images[4])
-    grid = np.asarray(Image.open(tmp_path / "x.png"))
-    assert np.array_equal(grid[2:66:8, 2:66:8], images[0])  # two columns of images enlarged to 64 pixels
-    source = data.open_source(str(tmp_path / "x.npz"))  # what fid.py reads
-    assert source.read(0, 5).shape == (5, 3, 8, 8) and source.labels.tolist() == labels.tolist()
-
-
-def test_first_and_dtype(run, tmp_path):
     """--first N draws images N, N + 1, ... of one large call; --dtype is that of the matrix products."""
-    def drawn(name, *arguments):
-        done(sample, "--run", run, "--steps", 4, "--device", "cpu", "--out", tmp_path / name, *arguments)
-        with np.load(tmp_path / name) as file:
-            return file["arr_0"].astype(int), file["labels"].tolist()
+    common = ["--run", run, "--steps", 3, "--batch-size", 2, "--device", "cpu", "--classes", "3,star"]
 
-    (images, labels), (rest, rest_labels) = drawn("a.npz", "--num", 7), drawn("b.npz", "--first", 4, "--num", 3)
-    assert np.abs(images[4:] - rest).max() <= 1 and labels[4:] == rest_labels == [4, 5, 6]
-    assert np.abs(images[:3] - rest).max() > 50
-    coarse, _ = drawn("c.npz", "--num", 7, "--dtype", "bfloat16")
-    assert (coarse != images).any() and np.abs(coarse - images).mean() < 2
-    done(sample, "--run", run, "--steps", 1, "--first", 12, "--num", 2, "--device", "cpu", "--out", tmp_path / "folder")
-    assert sorted(os.listdir(tmp_path / "folder")) == ["000012.png", "000013.png"]
+    def written(name, *arguments):
+        assert "guidance 2" in done(sample, *common, "--out", tmp_path / name, *arguments)
+        return data.load(str(tmp_path / name)) if name.endswith(".npz") else None  # what fid.py reads
+
+    images, rest = written("x.npz", "--num", 5), written("rest.npz", "--first", 3, "--num", 2)
+    for name in ("x.png", "folder"):
+        written(name, "--num", 5)
+    written("folder 2", "--first", 12, "--num", 2)
+    assert images.images.shape == (5, 3, 8, 8) and images.labels.tolist() == [3, 7, 3, 7, 3]
+    assert (rest.images.int() - images.images[3:]).abs().max() <= 1 and rest.labels.tolist() == [7, 3]
+    assert (rest.images.int() - images.images[:2]).abs().max() > 50
+    assert sorted(os.listdir(tmp_path / "folder")) == [f"{i:06d}.png" for i in range(5)]
+    assert sorted(os.listdir(tmp_path / "folder 2")) == ["000012.png", "000013.png"]
+    with np.load(tmp_path / "x.npz") as file:
+        array = file["arr_0"]
+    assert array.shape == (5, 8, 8, 3) and array.dtype == np.uint8
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "folder" / "000004.png")), array[4])
+    grid = np.asarray(Image.open(tmp_path / "x.png"))
+    assert np.array_equal(grid[2:66:8, 2:66:8], array[0])  # two columns of images enlarged to 64 pixels
+    coarse = written("coarse.npz", "--num", 5, "--dtype", "bfloat16").images.int()
+    assert (coarse != images.images).any() and (coarse - images.images).abs().float().mean() < 2
 
 
 class Attack:
@@ -2092,6 +2080,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path, monkeypat
 
 @pytest.mark.parametrize("arguments, says", [
     (["--dataset", "imagenet"], ("imagenet", "shapes, cifar10, celeba")), (["--image-size", 9], "not divisible"),
+    (["--image-size", 2**62], ("--image-size", "at most")), (["--batch-size", 2**62], ("--batch-size", "at most")),
     (["--steps", 0], "at least 1"), (["--batch-size", -1], "at least 1"), (["--seed", -5], "--seed"),
     (["--lr", "inf"], "--lr"), (["--keep", 0], "--keep"), (["--keep", 1.1], "--keep"), (["--rho-min", 2], "--rho-min"),
     (["--warm-start", -1], "--warm-start"), (["--model", "DiT-H/2"], "DiT-H/2"), (["--method", "lora"], "lora"),
@@ -2124,12 +2113,16 @@ def test_train_script_refuses_images_and_batches_that_it_cannot_use(tmp_path, mo
     assert sorted(os.listdir()) == ["empty", "wide.npz"]
 
 
-def test_numbers_beyond_all_bounds_are_one_line(tmp_path, monkeypatch):
+@pytest.mark.parametrize("module, arguments, says", [
+    *((fid, ["shapes", "shapes", name, "1" + "0" * 30], (name, "at most"))
+      for name in ("--num", "--image-size", "--batch-size")),
+    *((flops, arguments, ("flops.py: ", says)) for arguments, says in (
+        (["--keep", 1.5], "--keep"), (["--model", "DiT-S/8", "--image-size", 20], "divisible"), (["--run", "x"], "--run"),
+        (["--sampling-steps", 2000], "1 to 1000"), (["--curriculum-groups", 100], "at most 50"),
+        (["--steps", 0], "steps")))], ids=str)
+def test_other_scripts_refuse(module, arguments, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("--image-size", "--batch-size"):
-        refuses(train, name, 2**62, "--out", "r", says=(name, "at most"))
-    for name in ("--num", "--image-size", "--batch-size"):
-        refuses(fid, "shapes", "shapes", name, "1" + "0" * 30, says=(name, "at most"))
+    refuses(module, *arguments, says=says)
     assert os.listdir() == []
 
 
@@ -2394,15 +2387,6 @@ def formula(shape, a, b):
     return ((a * i * i + b * i) % 1 * 2 - 1).reshape(shape)
 
 
-def test_frechet_distance_of_commuting_gaussians():
-    """FID Eq. (6): with diagonal covariances the distance is |mu1 - mu2|^2 + sum (s1 - s2)^2."""
-    g = np.random.default_rng(0)
-    m1, m2, s1, s2 = g.normal(size=(4, 40))
-    q = np.linalg.qr(g.normal(size=(40, 40)))[0]  # the same rotation of both changes nothing
-    ours = fid.frechet_distance(q @ m1, q @ np.diag(s1**2) @ q.T, q @ m2, q @ np.diag(s2**2) @ q.T)
-    assert ours == pytest.approx(((m1 - m2) ** 2).sum() + ((abs(s1) - abs(s2)) ** 2).sum(), rel=1e-10)
-
-
 # made once with mpmath 1.3 at 40 digits: singular values of A B^T, A and B the centred rows / sqrt(n - 1)
 @pytest.mark.parametrize("n1, n2, d, expected", [
     (40, 50, 12, 0.068117025309648178), (9, 50, 16, 0.11900381451397744), (9, 11, 24, 0.089254589796297743)])
@@ -2442,20 +2426,22 @@ def test_moments_are_the_mean_and_covariance(sizes):
     np.testing.assert_allclose(sigma, np.cov(x.numpy() - 1e6, rowvar=False), rtol=0, atol=1e-8)  # of order 1
 
 
+def precision_recall_by_counting(real, fake, k):
+    """Kynkaanniemi et al. Eq. (1), (2): a point is inside where another is nearer to it than that one's k-th neighbour."""
+    squared = lambda a, b: (a.double()[:, None] - b.double()).square().sum(2)
+    radius_of = lambda x: squared(x, x).sort(1).values[:, k]  # the nearest is x itself
+    inside = lambda a, b: (squared(a, b) < radius_of(b)).any(1).double().mean().item()
+    return inside(fake, real), inside(real, fake)
+
+
 @pytest.mark.parametrize("k", [1, 3])
 def test_precision_recall_by_definition(k, monkeypatch):
-    """Kynkaanniemi et al. Eq. (1), (2), by counting. Integer features, so that distances tie exactly."""
+    """Integer features, so that distances tie exactly."""
     monkeypatch.setattr(fid, "ROWS", 16)
     g = np.random.default_rng(0)
-    real, fake = g.integers(-3, 4, (50, 3)), g.integers(-2, 5, (37, 3))
-
-    def squared(a, b):
-        return ((a[:, None] - b[None]) ** 2).sum(2)
-
-    radius = [np.sort(squared(x, x), 1)[:, k] for x in (real, fake)]
-    distances = squared(real, fake)
-    expected = (distances.T < radius[0]).any(1).mean(), (distances < radius[1]).any(1).mean()
-    assert fid.precision_recall(torch.tensor(real).float(), torch.tensor(fake).float(), k) == expected
+    real, fake = torch.tensor(g.integers(-3, 4, (50, 3))), torch.tensor(g.integers(-2, 5, (37, 3)))
+    expected = precision_recall_by_counting(real, fake, k)
+    assert fid.precision_recall(real.float(), fake.float(), k) == expected
     assert 0 < min(expected) and max(expected) < 1
 
 
@@ -2467,13 +2453,8 @@ def test_precision_recall_of_copies(seed, n_real, n_fake):
     real, fake = (torch.randn(n, 512, generator=g).relu() for n in (n_real, n_fake))
     copies = real[:3].repeat_interleave(31, 0)
     real, fake = torch.cat([real, copies]), torch.cat([fake, copies])
-
-    def apart(a, b):
-        return (a.double()[:, None] - b.double()).square().sum(2)
-
-    radius = [apart(x, x).sort(1).values[:, 3] for x in (real, fake)]
-    expected = [(apart(a, b) < r).any(1).double().mean().item() for a, b, r in ((fake, real, radius[0]), (real, fake, radius[1]))]
-    assert fid.precision_recall(real, fake) == pytest.approx(tuple(expected), abs=1e-9)
+    expected = precision_recall_by_counting(real, fake, 3)
+    assert fid.precision_recall(real, fake) == pytest.approx(expected, abs=1e-9)
 
 
 def test_precision_recall_as_prdc():
