@@ -1414,10 +1414,11 @@ def test_the_share_that_a_budget_pays_for(changes):
     """The largest whose pass takes at most this part of the multiply-adds of all channels."""
     config = Config(**ELASTIC | changes)
     cost = lambda share: flops.one_image(config, 1, share=share)[0] / flops.one_image(config, 1)[0]
-    grid = [i / 2000 for i in range(1, 2001)]
+    grid = {i / 2000: cost(i / 2000) for i in range(1, 2001)}
     for budget in [0.3 + i / 50 for i in range(36)] + [cost(i / 40) for i in range(1, 41)]:
         share = flops.budget_share(config, budget)
-        assert cost(share) <= budget * (1 + 1e-9) and all(cost(other) > budget for other in grid if other > share), budget
+        assert cost(share) <= budget * (1 + 1e-9)
+        assert all(more > budget for other, more in grid.items() if other > share), budget
     assert flops.budget_share(config, 1) == 1
     with pytest.raises(ValueError, match="one channel"):
         flops.budget_share(config, cost(1e-9) - 1e-6)
@@ -1678,14 +1679,12 @@ def test_a_checkpoint_of_other_things_is_refused_unopened(write, tmp_path, monke
     (["--guide-class", "any"], "any"),
     (["--guide-class", "same"], "give a --guide-share"),
     (["--budget", 0.5, "--guide-share", 0.9, "--guide-class", "same"], "give a --guide-share")], ids=str)
-def test_sample_script_refuses(elastic_run, run, arguments, says, tmp_path, monkeypatch):
-    """In a line, with nothing written: also shares that were not trained, and any at all of a run that is not elastic."""
+def test_sample_script_refuses(elastic_run, arguments, says, tmp_path, monkeypatch):
+    """In a line, with nothing written: also shares that were not trained."""
     monkeypatch.chdir(tmp_path)
     Path("p.json").write_text(PROFILE)
     before = sorted(elastic_run.rglob("*"))
     refuses(sample, "--run", elastic_run, *arguments, says=says)
-    for shares in (["--budget", 0.5], ["--ranks", "p.json"], ["--guide-share", 0.5], ["--guide-class", "same"]):
-        refuses(sample, "--run", run, *shares, says="take a run of --method elastic")
     assert sorted(elastic_run.rglob("*")) == before and os.listdir() == ["p.json"]
 
 
@@ -1725,7 +1724,7 @@ def test_a_grid_that_is_asked_otherwise_has_another_name(elastic_run, tmp_path):
         "", "_guidance-1.5_budget-0.5", "_guide_share-0.25", "_guide_share-0.25_guide_class-same", "_classes-3,star_clip-False")}
 
 
-def test_sample_script_refuses_files_that_are_no_runs(run, tmp_path, monkeypatch):
+def test_sample_script_refuses_files_that_are_no_runs_and_shares_of_other_methods(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refuses(sample, says="no run under runs/")
     refuses(sample, "--run", "nowhere", says=("model.pt does not exist", "train.py"))
@@ -1740,6 +1739,10 @@ def test_sample_script_refuses_files_that_are_no_runs(run, tmp_path, monkeypatch
         torch.save(content, "r/model.pt")
         refuses(sample, "--run", "r", says=says)
     refuses(sample, "--run", run, "--out", "r", says="not an empty folder")
+    Path("p.json").write_text(PROFILE)
+    for shares in (["--budget", 0.5], ["--ranks", "p.json"], ["--guide-share", 0.5], ["--guide-class", "same"]):
+        refuses(sample, "--run", run, *shares, says="take a run of --method elastic")
+    assert sorted(os.listdir()) == ["p.json", "r"] and os.listdir("r") == ["model.pt"]
     del state["config"]["predict"]  # of an older version
     torch.save(state, "r/model.pt")
     assert [sample.load_model(folder, CPU)[0].config.predict for folder in (run, "r")] == ["v", "eps"]
@@ -2492,7 +2495,8 @@ def test_sorted_images_are_measured_as_shuffled_ones():
 
 @pytest.fixture(scope="module")
 def inception():
-    """The network with made-up weights that are the same everywhere, and activations of order one."""
+    """The network with made-up weights that are the same everywhere, and activations of order one; and what it says of
+    four images: features (4, 2048), logits (4, 1008)."""
     net = fid.Inception().eval()
     state = net.state_dict()
     for i, (name, w) in enumerate(state.items()):
@@ -2507,7 +2511,8 @@ def inception():
             values *= 0.05
         state[name] = 0.3 * values if name.endswith(("bias", "running_mean")) else values
     net.load_state_dict(state)
-    return net
+    with torch.no_grad():
+        return net, *net(some_images(4))
 
 
 def some_images(n):
@@ -2526,10 +2531,9 @@ PYTORCH_FID = [  # mean, spread, then some entries
 def test_inception_as_pytorch_fid(inception):
     """pytorch-fid 0.3.0 gave these with the same weights on the same images, its own resize included (its
     InceptionV3 with the `inception` fixture's state dict; logits less bias)."""
-    with torch.no_grad():
-        outputs = inception(some_images(2))
-    assert [x.shape for x in outputs] == [(2, 2048), (2, 1008)]
-    for ours, expected in zip(outputs, PYTORCH_FID):
+    assert [x.shape for x in inception[1:]] == [(4, 2048), (4, 1008)]
+    for ours, expected in zip(inception[1:], PYTORCH_FID):
+        ours = ours[:2]
         ours = [ours.mean().item(), ours.std().item(), *ours[:, 5::ours.shape[1] // 3].flatten().tolist()]
         assert ours == pytest.approx(expected, rel=0, abs=1e-4 * expected[1])
 
@@ -2597,15 +2601,13 @@ def test_fid_of_inception(inception, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     weights = tmp_path / "checkpoints" / Path(fid.INCEPTION_URL).name
     weights.parent.mkdir()
-    torch.save(inception.state_dict(), weights)
+    torch.save(inception[0].state_dict(), weights)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(fid, "INCEPTION_SHA256", script.sha256_of(weights))
-    parts = some_images(4).split(2)
-    for name, part in zip("cd", parts):
+    for name, part in zip("cd", some_images(4).split(2)):
         np.savez(f"{name}.npz", images=part.permute(0, 2, 3, 1).numpy())
     published = json.loads(cli(fid, "c.npz", "d.npz", "--device", "cpu", "--json")[1])
-    with torch.no_grad():
-        x, y = (inception(part)[0].double() for part in parts)
+    x, y = inception[1].double().split(2)
     expected = fid.frechet_distance(x.mean(0), x.T.cov(), y.mean(0), y.T.cov())
     assert published["fid"] == pytest.approx(expected, rel=1e-4)
     assert published["features"] == fid.INCEPTION and published["inception_score"] == pytest.approx(1)

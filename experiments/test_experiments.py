@@ -58,11 +58,11 @@ TINY = dict(depth=2, width=32, heads=2, patch=4, conditioning="shared", dense_ml
 
 @pytest.fixture(autouse=True, scope="module")
 def smaller_tiny():
-    """The scripts' default model, small enough for runs of a second, on one thread: two would wait."""
+    """The scripts' default model, a block small enough for runs of a second, on one thread: two would wait."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(model.PRESETS, "tiny", TINY)
+        patch.setitem(model.PRESETS, "tiny", TINY | dict(depth=1))
         yield
     torch.set_num_threads(threads)
 
@@ -370,7 +370,7 @@ def test_rank_analysis_script(few, tmp_path):
     assert [r["step"] for r in results["gradients"]] == [20, 40] and [r["step"] for r in results["weights"]] == [10, 20]
     for row in results["gradients"] + results["weights"]:
         ranks, norms = np.array(row["effective_rank_by_matrix"]), np.array(row["norm_by_matrix"])
-        assert norms.shape == (5, 14) and (norms > 0).all() and ranks.min() >= 1 and ranks.max() <= 32
+        assert norms.shape == (5, 7) and (norms > 0).all() and ranks.min() >= 1 and ranks.max() <= 32
         assert np.allclose(row["effective_rank"], ranks.mean(1))
     for matrix in (np.array(row["similarity"]) for row in results["similarity"]):
         assert np.allclose(matrix, matrix.T) and np.allclose(np.diag(matrix), 1)
@@ -890,8 +890,10 @@ def test_compare_script(few, tmp_path):
 def elastic_run(few, tmp_path_factory):
     """The folder of a short elastic run, whose adaLN gates have left zero, and a classifier for its images."""
     folder = tmp_path_factory.mktemp("elastic")
-    train.main([*map(str, [*few[:2], *few[4:]]), "--model", "tiny", "--method", "elastic", "--steps", "6", "--lr", "0.01",
-                "--ema-decay", "0", "--sample-every", "0", "--out", str(folder / "run")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model.PRESETS, "tiny", TINY)
+        train.main([*map(str, [*few[:2], *few[4:]]), "--model", "tiny", "--method", "elastic", "--steps", "6",
+                    "--lr", "0.01", "--ema-decay", "0", "--sample-every", "0", "--out", str(folder / "run")])
     classifier.main([*map(str, few[:4]), "--steps", "5", "--out", str(folder / "clf.pt"), "--device", "cpu"])
     return folder / "run", folder / "clf.pt"
 
@@ -944,13 +946,13 @@ def test_the_solver_against_every_choice():
 
 
 def test_a_fitted_profile_costs_no_more_than_the_constant_share():
-    config, visited = Config(**TINY, method="elastic", keep=1.0, rho_min=0.1, image_size=8), schedule.sampling_timesteps(50)
+    config, visited = Config(**TINY, method="elastic", keep=1.0, rho_min=0.1, image_size=8), schedule.sampling_timesteps(25)
     groups = fit_ranks.noise_groups(NOISE.log_snr, visited[:-1])
     steps = np.array([sum(t in group for t in visited[:-1]) for group in groups])
     harm = np.outer(steps * np.arange(10, 0, -1.0), (1 - np.array(fit_ranks.measured_shares(0.1))) ** 2)  # more where it is clean
     for share in (0.5, 0.25, 0.12):
         profile, least = fit_ranks.fit(harm, config, groups, visited[:-1], share)
-        costs = [flops.sampling(config, 50, shares=schedule.Shares(ranks)) for ranks in (profile, ((1, share),))]
+        costs = [flops.sampling(config, 25, shares=schedule.Shares(ranks)) for ranks in (profile, ((1, share),))]
         assert 0.95 * costs[1] < costs[0] <= costs[1] and least <= fit_ranks.harm_of_constant(harm, config, share)
         shares = [s for _, s in profile]
         assert shares == sorted(shares, reverse=True) and shares[0] > shares[-1] >= config.rho_min
@@ -961,9 +963,9 @@ def test_a_fitted_profile_costs_no_more_than_the_constant_share():
         least = fit_ranks.fit(middle, config, groups, visited[:-1], share, never_rises=True)[1]
         assert least <= 1.005 * fit_ranks.harm_of_constant(middle, config, share)  # which never rises, either
         for shape in elastic.SHAPES.values():
-            profile = elastic.scaled(shape, config, 50, share)
-            assert flops.sampling(config, 50, shares=schedule.Shares(profile)) <= costs[1] and min(s for _, s in profile) >= config.rho_min
-    paper = elastic.scaled(elastic.SHAPES["paper"], config, 50, 0.5)
+            profile = elastic.scaled(shape, config, 25, share)
+            assert flops.sampling(config, 25, shares=schedule.Shares(profile)) <= costs[1] and min(s for _, s in profile) >= config.rho_min
+    paper = elastic.scaled(elastic.SHAPES["paper"], config, 25, 0.5)
     phi = [schedule.RankSchedule().active(t, 1000) for t in visited[:-1][::-1]]
     assert np.corrcoef([s for _, s in paper], phi)[0, 1] > 0.999
 
@@ -1114,7 +1116,7 @@ def test_from_images_to_latents_and_back(few, tmp_path):
     assert file["latents"].shape == (40, 4, 2, 2) and file["latents"].dtype == np.float16
     assert np.array_equal(file["labels"], data.load(str(few[1])).labels)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(model.PRESETS, "tiny", TINY | dict(patch=2))  # of 2 x 2 latents
+        patch.setitem(model.PRESETS, "tiny", TINY | dict(depth=1, patch=2))  # of 2 x 2 latents
         train.main(["--dataset", str(tmp_path / "ae" / "latents.npz"), "--model", "tiny", "--steps", "2", "--device", "cpu",
                     "--batch-size", "2", "--out", str(tmp_path / "run")])
     runs(sample, "--run", tmp_path / "run", "--decoder", tmp_path / "ae" / "decoder.pt", "--num", 2, "--steps", 1, "--out",
@@ -1179,7 +1181,9 @@ TUNING = dict(model="tiny", method="static", keep=0.5, steps=4, lr=1e-2, warmup=
 
 def distil(teacher, few, folder, origin="hash", **changes):
     flags = few[:2] + few[4:] + common.as_flags(TUNING | dict(predict=teacher.config.predict) | changes)
-    return compress.distil(teacher, folder, [str(word) for word in flags], origin)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model.PRESETS, "tiny", TINY)  # as deep as the teacher
+        return compress.distil(teacher, folder, [str(word) for word in flags], origin)
 
 
 def test_truncation_is_the_best_approximation_of_its_rank():
@@ -1208,7 +1212,7 @@ def test_truncation_is_the_best_approximation_of_its_rank():
 def test_distillation_written_out(predict, few, tmp_path):
     """Adam towards the teacher's output, warm-up over 5 % of the steps, a cosine to zero, EMA; the log is about eps."""
     teacher, dataset = awake(method="full", predict=predict).requires_grad_(False), data.load(str(few[1]))
-    found, s = distil(teacher, few, tmp_path / "r"), opened(tmp_path / "r")[1]
+    found, s = distil(teacher, few, tmp_path / "r"), train.read_config(tmp_path / "r")[1]
     student, losses = compress.truncate(teacher, 0.5), []
     weights = {name: p.detach().clone().requires_grad_(True) for name, p in student.named_parameters()}
     ema, m, v = ({name: p.detach().clone() * scale for name, p in weights.items()} for scale in (1, 0, 0))
