@@ -187,67 +187,6 @@ def elastic_run(tmp_path_factory):
     return folder
 
 
-# What some tests need a process of its own for: KILLED is train.py, ended by SIGKILL before a certain step; COMPILED tells
-# how many graphs there were after each step.
-
-KILLED = f"""import os, sys, model, train
-model.PRESETS["tiny"], at, draw = {ONE_BLOCK}, int(sys.argv.pop(1)), train.draw_batch
-train.draw_batch = lambda data, state, *rest: os.kill(os.getpid(), 9) if state.step == at else draw(data, state, *rest)
-train.run_script(train.main)"""
-COMPILED = f"""import model, torch, train
-model.PRESETS["tiny"], graphs, after = {ONE_BLOCK}, [], []
-real_compile, ema, aot_eager = torch.compile, train.update_ema, torch._dynamo.lookup_backend("aot_eager")
-backend = lambda graph, example: graphs.append(graph) or aot_eager(graph, example)
-torch.compile = lambda net: real_compile(net, backend=backend)
-train.update_ema = lambda state, s: after.append(len(graphs)) or ema(state, s)
-train.main()
-print(after)"""
-IN_THREE_STAGES = ["--steps", 20, "--batch-size", 10, "--slices", 3, "--curriculum-groups", 3, "--log-every", 50]
-IN_TWO = [*QUICK, "--batch-size", 8, "--log-every", 3, "--seed", 3, "--slices", 2, "--steps", 12]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", train.__file__, *IN_TWO]
-SAMPLE = [sys.executable, sample.__file__, "--run", "Läufe", "--num", 1, "--steps", 2]
-KILLED_AT = lambda step, name: ["-c", KILLED, step, *QUICK, "--steps", 30, "--save-every", 13, "--out", name]
-PROCESSES = {  # by name: the longest first; Python's arguments, or those of a shell
-    "compiled": ["-c", COMPILED, *QUICK, *IN_THREE_STAGES, "--compile", "--out", "compiled"],
-    "two": [*TORCHRUN, "--save-every", 8, "--out", "two"],
-    "two, elastic": [*TORCHRUN, *DISTIL, "--save-every", 8, "--out", "two, elastic"],
-    "killed at 7": KILLED_AT(7, "killed at 7"), "killed at 17": KILLED_AT(17, "killed at 17"),
-    "killed at 17, elastic": [*KILLED_AT(17, "killed at 17, elastic"), *DISTIL],
-    "output closed": ["sh", "-c", 'exec "$@" --out a.png >&-', "sh", *SAMPLE],
-    "output in ascii": ["env", "PYTHONIOENCODING=ascii", *SAMPLE],
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def begun(request, tmp_path_factory):
-    """The processes that the chosen tests name, begun before the first test: they run one after the other beside the
-    tests, on a second core. (Their folder; {name: what will hold exit status and output})"""
-    named = {item.callspec.params.get("process") for item in request.session.items if hasattr(item, "callspec")}
-    folder, environment = tmp_path_factory.mktemp("processes"), os.environ | dict(PYTHONPATH=str(HERE))
-    if any(name.startswith("output") for name in named if name):
-        shutil.copytree(request.getfixturevalue("elastic_run"), folder / "Läufe")
-
-    def run(command):
-        command = [sys.executable, *command] if command[0].startswith("-") else command
-        return subprocess.run([*map(str, command)], cwd=folder, env=environment, capture_output=True, text=True)
-
-    pool = ThreadPoolExecutor(1)
-    yield folder, {name: pool.submit(run, command) for name, command in PROCESSES.items() if name in named}
-    pool.shutdown(cancel_futures=True)
-
-
-@pytest.fixture
-def processes(begun):
-    """The folder in which the processes run."""
-    return begun[0]
-
-
-@pytest.fixture
-def finished(begun, process):
-    """Exit status and output of the process that a test names, once it has ended."""
-    return begun[1][process].result()
-
-
 # ----------------------------------------------------------------------------------------------------
 # The paper. 2.1: the diffusion process
 
@@ -1384,7 +1323,7 @@ def test_sampling_is_torchs_count(method, changes):
     assert counted == [flops.one_image(config, 1)[0]] == [sum(p.size for p in flops.products(config))]
 
 
-@pytest.mark.parametrize("method", [*model.METHODS, PEAK])
+@pytest.mark.parametrize("method", ["full", "static", "iso-param", "elastic", PEAK])  # PEAK is of iso-compute
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_a_training_step_is_torchs_count(method, changes):
     """Forward, backward and penalty of train.train_step, over slices that each compute what their neediest sample needs,
@@ -1708,12 +1647,6 @@ def test_sample_script_at_any_share(elastic_run, arguments, says, tmp_path, monk
     assert (f", {1 - counted[0] / full:.1%} less than" in out) == (counted[0] < full)
 
 
-@pytest.mark.parametrize("process", ["output closed", "output in ascii"])
-def test_output_that_is_closed_or_knows_few_letters(finished):
-    """Neither is a reason to stop: a shell may close stdout, a terminal may not show the name of a folder."""
-    assert (finished.returncode, finished.stderr) == (0, "")
-
-
 def test_a_grid_that_is_asked_otherwise_has_another_name(elastic_run, tmp_path):
     shutil.copytree(elastic_run, tmp_path / "r")
     for arguments in ([], ["--guidance", 1.5, "--budget", 0.5], ["--guide-share", 0.25],
@@ -1903,19 +1836,6 @@ def test_losses_and_multiply_adds_of_the_log(predict, tmp_path, monkeypatch):
     assert log[-1]["flops"] == sum(flops.train_step(config, t.tolist(), 2, t_low) for t, _, t_low in steps)
 
 
-@pytest.mark.parametrize("process", ["compiled"])
-def test_compiled_runs_take_the_same_steps_with_few_graphs(finished, processes, tmp_path):
-    """--compile, here with a backend that runs what was traced: the same losses in all stages and slices, and after the
-    first few graphs, widths that were never seen need no new ones."""
-    assert finished.returncode == 0, finished.stderr
-    quick_training(*IN_THREE_STAGES, "--out", tmp_path / "plain")
-    plain, compiled = log_of(tmp_path / "plain")[-1], log_of(processes / "compiled")[-1]
-    graphs = json.loads(finished.stdout.splitlines()[-1])  # after each step
-    assert plain["stage"] == compiled["stage"] == 2 and len(graphs) == 20
-    assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-3)
-    assert 0 < graphs[10] <= 6 and graphs[10] == graphs[-1]  # at 8, torch gives up and compiles no more
-
-
 def same_state(a, b):
     def leaves(state, prefix=""):
         if not isinstance(state, (dict, list, tuple)):
@@ -1932,31 +1852,7 @@ def same_state(a, b):
 @pytest.fixture(scope="module")
 def thirty_steps(tmp_path_factory):
     folder = tmp_path_factory.mktemp("straight") / "r"
-    return folder, quick_training("--steps", 30, "--sample-every", 5, "--out", folder)
-
-
-@pytest.mark.parametrize("process, killed_at, more", [
-    ("killed at 7", 7, []), ("killed at 17", 17, []), ("killed at 17, elastic", 17, DISTIL)])
-def test_a_killed_run_resumes_bit_identically(finished, process, killed_at, more, processes, thirty_steps, tmp_path):
-    """30 steps straight; and a kill before the first save at step 13, or after it, between log lines. Weights, EMA,
-    optimiser, generators, curriculum and log agree to the last bit. --slices may change, for bits only to 1."""
-    folder, straight = processes / process, tmp_path / "straight" if more else thirty_steps[0]
-    if more:
-        quick_training("--steps", 30, *more, "--out", straight)
-        (config, *_), spent, g = train.read_config(straight), 0, torch.Generator().manual_seed(0)
-        for _ in range(30):
-            torch.rand(4, dtype=torch.float64, generator=g), torch.randperm(4, generator=g)  # t and its order
-            spent += flops.train_step(config, [1] * 4, share=schedule.elastic_shares(4, 0.1, g), distil=True)
-        assert log_of(straight)[-1]["flops"] == spent
-    assert finished.returncode == -SIGKILL, finished.stderr
-    (folder / ".state.pt.1.tmp").touch()  # what a kill during a write leaves
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write('{"step": 29, "lo')  # half a line
-    out = quick_training("--resume", "--out", folder, "--slices", 1)
-    assert ("going on after step 13" in out) == (killed_at == 17)
-    same_state(straight, folder)
-    timeless = lambda folder: [{k: v for k, v in line.items() if k != "images_per_s"} for line in log_of(folder)]
-    assert timeless(folder) == timeless(straight) and not list(folder.glob(".*.tmp"))
+    return folder, quick_training("--steps", 30, "--sample-every", 10, "--out", folder)
 
 
 # what another process does that finds the lock of a folder free
@@ -2010,8 +1906,7 @@ def test_the_log(thirty_steps):
         assert line["lr"] == train.learning_rate(line["step"] - 1, begun, line["stage"], s)
     for word in ("parameters", "rank", "multiply-adds a step", "device", "left", "final.png", "python sample.py"):
         assert word in out
-    steps = [f"step_{n:07d}.png" for n in (15, 20, 25)]  # the last group comes at step 12
-    assert sorted(os.listdir(folder / "samples")) == ["final.png", *steps]
+    assert sorted(os.listdir(folder / "samples")) == ["final.png", "step_0000020.png"]  # the last group came at 12
     state = saved(folder)
     assert [int(moments["step"]) for moments in state["optimizer"]["state"].values()] == [30 - 12] * len(state["model"])
 
@@ -2259,28 +2154,6 @@ def test_an_optimiser_state_from_another_device_fits_a_fused_optimiser(run):
     moments = state.optimizer.state.values()
     assert len(moments) == len(theirs["model"]) and {m["step"].device.type for m in moments} == {"meta"}
     assert state.optimizer.param_groups[0]["fused"] and state.step == 6
-
-
-@pytest.mark.parametrize("process, more", [("two", []), ("two, elastic", DISTIL)])
-def test_two_processes_take_the_steps_of_one(finished, process, more, processes, tmp_path):
-    """--batch-size is the global batch: timesteps, noise, flips and dropped labels are those of one process, the
-    curriculum watches the loss of all, process 0 writes, and a resumed run may have another number of both."""
-    assert finished.returncode == 0 and finished.stdout.count("\ndone ") == 1, finished.stderr
-    folder_1, folder_2 = tmp_path / "one", processes / process
-    done(train, *IN_TWO, *more, "--out", folder_1)
-    a, b = saved(folder_1), saved(folder_2)
-    config, s = train.read_config(folder_1)
-    start = train.State(s, config, CPU).model.state_dict()
-    moved = lambda x, y: torch.cat([(x[name] - y[name]).flatten() for name in start]).norm()
-    assert moved(b["model"], a["model"]) < 1e-2 * moved(a["model"], start)
-    a, b = (torch.cat([m["exp_avg"].flatten() for m in state["optimizer"]["state"].values()]) for state in (a, b))
-    assert (b - a).norm() < 1e-3 * a.norm()
-    for x, y in zip(log_of(folder_1), log_of(folder_2), strict=True):
-        assert y["loss"] == pytest.approx(x["loss"], rel=1e-4) and y["t_low"] == x["t_low"]
-        losses, others = ([loss or 0 for loss in line["loss_by_group"]] for line in (x, y))
-        assert losses == pytest.approx(others, rel=1e-3)
-    done(train, "--resume", "--steps", 14, "--slices", 1, "--out", folder_2)  # two began it, one goes on
-    assert saved(folder_2)["step"] == 14
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -2696,3 +2569,132 @@ def test_warnings(work):
     assert "below 10,000" in err and "120 and 220 images are not comparable" in err and "sharpness" in err
     err = run_fid(work, "a.npz", "b.npz", "--num", 90)[2]
     assert "below 10,000" in err and "comparable" not in err and "sharpness" not in err
+
+
+# ----------------------------------------------------------------------------------------------------
+# What takes a process of its own
+
+# train.py, ended by SIGKILL before a certain step
+KILLED = f"""import os, sys, model, train
+model.PRESETS["tiny"], at, draw = {ONE_BLOCK}, int(sys.argv.pop(1)), train.draw_batch
+train.draw_batch = lambda data, state, *rest: os.kill(os.getpid(), 9) if state.step == at else draw(data, state, *rest)
+train.run_script(train.main)"""
+# train.py, with a backend that runs what was traced; it tells how many graphs there were after each step
+COMPILED = f"""import model, torch, train
+model.PRESETS["tiny"], graphs, after = {ONE_BLOCK}, [], []
+real_compile, ema, aot_eager = torch.compile, train.update_ema, torch._dynamo.lookup_backend("aot_eager")
+backend = lambda graph, example: graphs.append(graph) or aot_eager(graph, example)
+torch.compile = lambda net: real_compile(net, backend=backend)
+train.update_ema = lambda state, s: after.append(len(graphs)) or ema(state, s)
+train.main()
+print(after)"""
+IN_THREE_STAGES = ["--steps", 20, "--batch-size", 10, "--slices", 3, "--curriculum-groups", 3, "--log-every", 50]
+IN_TWO = [*QUICK, "--batch-size", 8, "--log-every", 3, "--seed", 3, "--slices", 2, "--steps", 12]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", train.__file__, *IN_TWO]
+SAMPLE = [sys.executable, sample.__file__, "--run", "Läufe", "--num", 1, "--steps", 2]
+KILLED_AT = lambda step, name: ["-c", KILLED, step, *QUICK, "--steps", 30, "--save-every", 13, "--out", name]
+PROCESSES = {  # by name; Python's arguments, or those of another program
+    "output closed": ["sh", "-c", 'exec "$@" --out a.png >&-', "sh", *SAMPLE],
+    "output in ascii": ["env", "PYTHONIOENCODING=ascii", *SAMPLE],
+    "compiled": ["-c", COMPILED, *QUICK, *IN_THREE_STAGES, "--compile", "--out", "compiled"],
+    "killed at 7": KILLED_AT(7, "killed at 7"),
+    "killed at 17": KILLED_AT(17, "killed at 17"),
+    "killed at 17, elastic": [*KILLED_AT(17, "killed at 17, elastic"), *DISTIL],
+    "two": [*TORCHRUN, "--save-every", 8, "--out", "two"],
+    "two, elastic": [*TORCHRUN, *DISTIL, "--save-every", 8, "--out", "two, elastic"],
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def begun(request, tmp_path_factory):
+    """The processes that the chosen tests name, begun before the first test: they run one after the other beside the
+    tests, on a second core. (Their folder; {name: what will hold exit status and output})"""
+    named = {item.callspec.params.get("process") for item in request.session.items if hasattr(item, "callspec")}
+    folder, environment = tmp_path_factory.mktemp("processes"), os.environ | dict(PYTHONPATH=str(HERE))
+    if any(name.startswith("output") for name in named if name):
+        shutil.copytree(request.getfixturevalue("elastic_run"), folder / "Läufe")
+
+    def run(command):
+        command = [sys.executable, *command] if command[0].startswith("-") else command
+        return subprocess.run([*map(str, command)], cwd=folder, env=environment, capture_output=True, text=True)
+
+    pool = ThreadPoolExecutor(1)
+    yield folder, {name: pool.submit(run, command) for name, command in PROCESSES.items() if name in named}
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture
+def processes(begun):
+    """The folder in which the processes run."""
+    return begun[0]
+
+
+@pytest.fixture
+def finished(begun, process):
+    """Exit status and output of the process that a test names, once it has ended."""
+    return begun[1][process].result()
+
+
+@pytest.mark.parametrize("process", ["output closed", "output in ascii"])
+def test_output_that_is_closed_or_knows_few_letters(finished):
+    """Neither is a reason to stop: a shell may close stdout, a terminal may not show the name of a folder."""
+    assert (finished.returncode, finished.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("process", ["compiled"])
+def test_compiled_runs_take_the_same_steps_with_few_graphs(finished, processes, tmp_path):
+    """--compile, here with a backend that runs what was traced: the same losses in all stages and slices, and after the
+    first few graphs, widths that were never seen need no new ones."""
+    assert finished.returncode == 0, finished.stderr
+    quick_training(*IN_THREE_STAGES, "--out", tmp_path / "plain")
+    plain, compiled = log_of(tmp_path / "plain")[-1], log_of(processes / "compiled")[-1]
+    graphs = json.loads(finished.stdout.splitlines()[-1])  # after each step
+    assert plain["stage"] == compiled["stage"] == 2 and len(graphs) == 20
+    assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-3)
+    assert 0 < graphs[10] <= 6 and graphs[10] == graphs[-1]  # at 8, torch gives up and compiles no more
+
+
+@pytest.mark.parametrize("process, killed_at, more", [
+    ("killed at 7", 7, []), ("killed at 17", 17, []), ("killed at 17, elastic", 17, DISTIL)])
+def test_a_killed_run_resumes_bit_identically(finished, process, killed_at, more, processes, thirty_steps, tmp_path):
+    """30 steps straight; and a kill before the first save at step 13, or after it, between log lines. Weights, EMA,
+    optimiser, generators, curriculum and log agree to the last bit. --slices may change, for bits only to 1."""
+    folder, straight = processes / process, tmp_path / "straight" if more else thirty_steps[0]
+    if more:
+        quick_training("--steps", 30, *more, "--out", straight)
+        (config, *_), spent, g = train.read_config(straight), 0, torch.Generator().manual_seed(0)
+        for _ in range(30):
+            torch.rand(4, dtype=torch.float64, generator=g), torch.randperm(4, generator=g)  # t and its order
+            spent += flops.train_step(config, [1] * 4, share=schedule.elastic_shares(4, 0.1, g), distil=True)
+        assert log_of(straight)[-1]["flops"] == spent
+    assert finished.returncode == -SIGKILL, finished.stderr
+    (folder / ".state.pt.1.tmp").touch()  # what a kill during a write leaves
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 29, "lo')  # half a line
+    out = quick_training("--resume", "--out", folder, "--slices", 1)
+    assert ("going on after step 13" in out) == (killed_at == 17)
+    same_state(straight, folder)
+    timeless = lambda folder: [{k: v for k, v in line.items() if k != "images_per_s"} for line in log_of(folder)]
+    assert timeless(folder) == timeless(straight) and not list(folder.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("process, more", [("two", []), ("two, elastic", DISTIL)])
+def test_two_processes_take_the_steps_of_one(finished, process, more, processes, tmp_path):
+    """--batch-size is the global batch: timesteps, noise, flips and dropped labels are those of one process, the
+    curriculum watches the loss of all, process 0 writes, and a resumed run may have another number of both."""
+    assert finished.returncode == 0 and finished.stdout.count("\ndone ") == 1, finished.stderr
+    folder_1, folder_2 = tmp_path / "one", processes / process
+    done(train, *IN_TWO, *more, "--out", folder_1)
+    a, b = saved(folder_1), saved(folder_2)
+    config, s = train.read_config(folder_1)
+    start = train.State(s, config, CPU).model.state_dict()
+    moved = lambda x, y: torch.cat([(x[name] - y[name]).flatten() for name in start]).norm()
+    assert moved(b["model"], a["model"]) < 1e-2 * moved(a["model"], start)
+    a, b = (torch.cat([m["exp_avg"].flatten() for m in state["optimizer"]["state"].values()]) for state in (a, b))
+    assert (b - a).norm() < 1e-3 * a.norm()
+    for x, y in zip(log_of(folder_1), log_of(folder_2), strict=True):
+        assert y["loss"] == pytest.approx(x["loss"], rel=1e-4) and y["t_low"] == x["t_low"]
+        losses, others = ([loss or 0 for loss in line["loss_by_group"]] for line in (x, y))
+        assert losses == pytest.approx(others, rel=1e-3)
+    done(train, "--resume", "--steps", 14, "--slices", 1, "--out", folder_2)  # two began it, one goes on
+    assert saved(folder_2)["step"] == 14
