@@ -176,10 +176,9 @@ class Curriculum:
         return torch.searchsorted(cumulative, u, right=True)
 
     def observe(self, first_step: int, losses: list[float]) -> None:
-        """Takes the denoising losses of consecutive steps from `first_step` on; those of an earlier
-        stage are ignored, and those after a plateau, which stands until `advance` sees it: or a better
-        loss before the log line would undo it. EMA_t = alpha L_t + (1 - alpha) EMA_{t-1} (C.3.2), afresh
-        in each stage."""
+        """Takes the denoising losses of consecutive steps from `first_step` on; those of an earlier stage
+        are ignored. EMA_t = alpha L_t + (1 - alpha) EMA_{t-1} (C.3.2), afresh in each stage. Once a
+        plateau is found it stands until `advance` acts on it, even if the loss improves meanwhile."""
         for step, loss in enumerate(losses, first_step):
             if step < self.start or self.since_best >= self.patience:
                 continue

@@ -5,7 +5,7 @@ Phi(t) (schedule.py). We count every matrix product, attention's two included, a
 is half of what torch.utils.flop_counter reports. Slices count as 1 unless given. Read model.py and
 curriculum.py before.
 
-    python flops.py                            the default model: forward, sampling, training, a chart
+    python flops.py                            the model of `python train.py`: forward, sampling, training
     python flops.py --model DiT-S/2 --method iso-param --keep 0.75
     python flops.py --paper                    the published figures beside ours (experiments/paper_tables.py)
 """
@@ -86,9 +86,8 @@ def sampling(config: Config, steps: int = 100, guidance: float = 1.0, shares: Sh
              labelled: bool = True, sampler: str = "ddim") -> int:
     """Multiply-adds of sampling one image, each pass sliced to its Phi(t). NA-LR Eq. (5).
 
-    Which passes guidance makes, `Shares.passes` says. Timestep and label layers count for every image, though
-    a batch computes them once. sampler: heun looks at the end of its steps, too, but for the first and the
-    last one.
+    Which passes guidance makes, `Shares.passes` says. sampler: heun looks at the end of its steps, too, but
+    for the first and the last one.
     """
     total, visited = 0, sampling_timesteps(steps)
     for t in visited[:-1] + (visited[2:-1] if sampler == "heun" else []):
@@ -222,24 +221,6 @@ def print_comparison(rows: list[dict], steps: int, sampling_steps: int) -> None:
               f"{n['sampling_guided']:>10}{n['training']:>26}{saved['training']:>8}")
 
 
-CHART_T = [*range(T, 0, -T // 20), 1]
-
-
-def chart(config: Config) -> list[str]:
-    """Lines over t: the active channels of the layer of the largest rank, and the multiply-adds of a forward
-    pass."""
-    full = sum(p.size for p in products(config))
-    if config.rank_schedule() is None:
-        return [f"every t costs the same: {amount(full)} multiply-adds a forward pass"]
-    layer = max((layer for layer in linear_layers(config) if layer.rank), key=lambda layer: layer.rank)
-    lines = [f"   t  {f'active channels of {layer.name}, of {layer.rank}':37}  multiply-adds of a pass"]
-    for t in CHART_T:
-        k, cost = active_channels(config, t)[layer.rank], one_image(config, t)[0]
-        k_bar, cost_bar = ("#" * round(24 * share) for share in (k / layer.rank, cost / full))
-        lines.append(f"{t:4d}  {k_bar:.<24} {k:5d} {k / layer.rank:5.0%}   {cost_bar:.<24} {amount(cost):>9}")
-    return lines
-
-
 def main():
     from train import Settings, choose_settings  # here, because train.py imports this file
 
@@ -259,22 +240,19 @@ def main():
         return paper_tables.show(args.json)
     try:
         given = {name: value for name, value in vars(args).items() if value is not None}
-        s = choose_settings({"model": "tiny"} | given)
+        s = choose_settings(given)
         config = preset_config(s.model, given, image_size=16 if s.model == "tiny" else 32)
         rows = compare(config, s, args.sampling_steps)
     except ValueError as error:
         parser.error(str(error))
     if args.json:
-        by_t = [dict(t=t, channels=active_channels(config, t), forward=one_image(config, t)[0])
-                for t in CHART_T]
         settings = dict(steps=s.steps, batch_size=s.batch_size, slices=s.slices or 1,
                         penalty=s.orthogonality > 0, sampling_steps=args.sampling_steps)
-        print(json.dumps(dict(config=asdict(config), **settings, models=rows, by_t=by_t), indent=1))
+        print(json.dumps(dict(config=asdict(config), **settings, models=rows), indent=1))
         return
     size = f"{config.channels}x{config.image_size}x{config.image_size}"
     print(f"{size}, {config.num_classes} classes; {s.model}, {summary(config)}")
     print_comparison(rows, s.steps, args.sampling_steps)
-    print("", *chart(config), sep="\n")
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ Active = dict[int, Channels] | None  # by r_max
 
 
 def masked_channels(phi: torch.Tensor) -> Channels:
-    """S[i, j] = 1 where channel j (from 0) < Phi(t_i): NA-LR Eq. (3), transposed, inside the channels of the
-    neediest sample. phi: int64 (B,) on the CPU, which must know how much to compute."""
+    """NA-LR Eq. (3), transposed: S[i, j] = 1 where j < Phi(t_i), j from 0. Only the columns that the neediest
+    sample uses are made. phi: int64 (B,), on the CPU, because k is a shape."""
     k = int(phi.max())
     return Channels(k, (torch.arange(k) < phi[:, None]).float())  # (B, k)
 

@@ -61,8 +61,6 @@ class Config:
     num_classes: label rows besides the extra one for "no class"; 0 for unconditional data
     mean, std: of each channel of the latents that the model is for; empty for one of images
     """
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
     depth: int = setting(12, low=1, high=1000)  # or a damaged file would build layers for hours
     width: int = setting(384, low=1)
     heads: int = setting(6, low=1)
@@ -89,6 +87,8 @@ class Config:
     dense_mlp_blocks: int = setting(1, "first blocks whose MLP stays dense; tiny, small: 0", low=0)
     factorise: str = setting("all", "low-rank layers: also adaLN and timestep embedders, as the published "
                              "counts, or what the paper's text names", choices=("all", "attention-mlp"))
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
     def __post_init__(self):
         if isinstance(self.rank_profile, list):  # as JSON has it; a tuple can be hashed
@@ -236,7 +236,7 @@ class Block(nn.Module):
         self.mlp_in, self.mlp_out = Linear(width, 4 * width), Linear(4 * width, width)
 
     def forward(self, x, condition, active=None):
-        """x (B, N, D); condition (B, 1, 6D), what `adaln` makes of timestep and label (`DiT.condition`)."""
+        """x (B, N, D); condition (B, 1, 6D), what `adaln` makes of timestep and label (`DiT.forward`)."""
         B, N, D = x.shape
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = condition.chunk(6, dim=2)  # (B, 1, D)
         h = modulate(x, shift_1, scale_1)  # (B, N, D)
@@ -304,7 +304,8 @@ class DiT(nn.Module):
             return None
         active = {}
         for r in self.ranks:
-            k = torch.as_tensor(r if self.rank_schedule is None else self.rank_schedule.active(t, r))
+            phi = r if self.rank_schedule is None else self.rank_schedule.active(t, r)
+            k = torch.as_tensor(phi)
             if share is not None:
                 k = k.clamp(max=channels_of(share, r))
             if k.dim() == 0:
@@ -324,28 +325,20 @@ class DiT(nn.Module):
         """x (B, C, H, W) float, t int64 (B,) in 1..T, y int64 (B,) in 0..num_classes, where
         num_classes means "no class". Returns what config.predict says, (B, C, H, W).
 
-        active: from `self.active`. None, here alone, masks each sample to its own Phi(t); in all layers it
-        means all channels.
+        active: from `self.active`. None: each sample is masked to its own Phi(t); to a layer, None means all
+        its channels.
         """
         if active is None and self.rank_schedule is not None:
             active = self.active(t.cpu())
-        return self.denoise(x, self.condition(t, y, active), active)
-
-    def condition(self, t, y, active: Active = None) -> list[torch.Tensor]:
-        """What t and y say to each block and to the final layer, before any image is seen: shifts, scales
-        and gates (B, 1, 6D) for each block, shift and scale (B, 1, 2D) for the final layer."""
         t_emb = timestep_embedding(t).to(self.position.dtype)  # (B, 256)
         c = [embedder(t_emb, y, active) for embedder in self.embedders]  # each (B, D)
-        blocks = [block.adaln(c[i % len(c)], active)[:, None] for i, block in enumerate(self.blocks)]
+        conditions = [block.adaln(c[i % len(c)], active)[:, None] for i, block in enumerate(self.blocks)]
         # with an embedder in every block, the published model takes the first one's vector at the end
-        return [*blocks, self.final_adaln(c[0])[:, None]]
-
-    def denoise(self, x, conditions: list[torch.Tensor], active: Active = None):
-        """The rest of the forward pass: x (B, C, H, W) -> (B, C, H, W)."""
-        return self.output(self.hidden(x, conditions, active), conditions[-1])
+        return self.output(self.hidden(x, conditions, active), self.final_adaln(c[0])[:, None])
 
     def hidden(self, x, conditions: list[torch.Tensor], active: Active = None):
-        """What all blocks make of the image: x (B, C, H, W) -> (B, N, D)."""
+        """What all blocks make of the image, each told shifts, scales and gates (B, 1, 6D):
+        x (B, C, H, W) -> (B, N, D)."""
         # contiguous: or the residual stream of all blocks would keep the convolution's order (D before N)
         h = self.patchify(x).flatten(2).transpose(1, 2).contiguous() + self.position  # (B, N, D)
         for block, condition in zip(self.blocks, conditions):
@@ -353,7 +346,7 @@ class DiT(nn.Module):
         return h
 
     def output(self, h, condition):
-        """The final layer: h (B, N, D), its condition (B, 1, 2D) -> (B, C, H, W)."""
+        """The final layer, told shift and scale (B, 1, 2D): h (B, N, D) -> (B, C, H, W)."""
         shift, scale = condition.chunk(2, dim=2)  # (B, 1, D)
         h = self.final_out(modulate(h, shift, scale))  # (B, N, p*p*C)
         p, side = self.config.patch, self.config.image_size // self.config.patch

@@ -343,7 +343,7 @@ def newest_run(file: str = "model.pt") -> Path:
     """The run under runs/ whose `file` was written last. Raises InputError if there is none."""
     files = sorted(Path("runs").glob(f"*/{file}"), key=lambda p: p.stat().st_mtime)
     if not files:
-        raise InputError(f"no run under runs/; train one with `python train.py`, or name one")
+        raise InputError("no run under runs/; train one with `python train.py`, or name one")
     return files[-1].parent
 
 

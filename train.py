@@ -7,8 +7,7 @@
     python train.py --resume                            go on with the newest run
     torchrun --nproc_per_node=4 train.py ...            the same steps, shared out to four GPUs
 
-The defaults are those of D.1, for every DiT-* model; tiny has
-{TINY}
+The defaults are those of D.1, for every DiT-* model; tiny and small have their own (TINY and SMALL below).
 The warm-up is never longer than 5 % of the steps, and the EMA of a short run forgets faster.
 A run folder holds config.json, metrics.jsonl, state.pt (to go on), model.pt (EMA, to sample) and samples/.
 Read model.py and curriculum.py before, sample.py after.
@@ -91,6 +90,7 @@ class Settings:
 
 TINY = dict(steps=3000, batch_size=64, lr=2e-3, warmup=100, ema_decay=0.998, curriculum_share=0.2,
             log_every=20, save_every=500)
+SMALL = dict(steps=6600, lr=1e-3, warmup=300, ema_decay=0.999, save_every=250)
 
 # What a resumed run may be told anew; everything else would make it another run (`Run.identity`)
 MAY_CHANGE = {"dataset", "data_dir", "image_size", "steps", "lr", "device", "dtype", "compile", "save_every",
@@ -100,7 +100,7 @@ MAY_CHANGE = {"dataset", "data_dir", "image_size", "steps", "lr", "device", "dty
 def choose_settings(given: dict) -> Settings:
     """The flags that were given, and defaults that depend on dataset, model or method. Raises InputError."""
     model = given.get("model", "tiny" if given.get("dataset", "shapes") == "shapes" else Settings.model)
-    depends = dict(model=model) | (TINY if model == "tiny" else {})
+    depends = dict(model=model) | {"tiny": TINY, "small": SMALL}.get(model, {})
     if not given.get("method", Config.method).startswith("iso"):
         depends["curriculum_groups"] = 0
     return Settings(**(depends | {f.name: given[f.name] for f in fields(Settings) if f.name in given}))
@@ -148,7 +148,7 @@ class Batch(NamedTuple):
     y: torch.Tensor  # (B,) labels, or the number of classes for "no class"
     eps: torch.Tensor  # (B, C, H, W)
     t: torch.Tensor  # (B,) on the CPU: channels are chosen there, and no device has to be asked
-    share: torch.Tensor | float | None = None  # of the channels: (B,) on the CPU; or one for all
+    share: torch.Tensor | float | None = None  # of the channels: (B,) on the CPU; judging, one for all
 
     def part(self, rows: slice) -> "Batch":
         return Batch(*(None if x is None else x[rows] for x in self))
@@ -160,7 +160,7 @@ class Batch(NamedTuple):
 
 
 def draw_batch(dataset: Dataset, state: State, s: Settings) -> Batch:
-    """The next batch, of all processes."""
+    """The whole next batch: every process draws it, and trains on its part."""
     config, device, rng = state.model.config, dataset.images.device, state.device_rng
     index = batch_indices(len(dataset.images), state.step, s.batch_size, s.seed, device)
     x_0, y = dataset.images[index], dataset.labels[index]
@@ -196,13 +196,13 @@ def denoising_loss(net, model: DiT, batch: Batch, dtype: torch.dtype = torch.flo
     with autocast:
         output = net(x_t, t, batch.y, active).float()
     wanted = target(model.config.predict, batch.x_0, batch.eps, signal, noise)
-    loss = (output - wanted).square().mean((1, 2, 3))
+    error = (output - wanted).square().mean((1, 2, 3))
     if distil == 0 or batch.share is None:  # without shares, every sample uses all the channels that it may
-        return loss, loss
+        return error, error
     n = int((batch.share == 1).sum())  # the first ones have used all their channels already
     with torch.no_grad(), autocast:
         full = torch.cat([output[:n], model(x_t[n:], t[n:], batch.y[n:]).float()])
-    return loss, loss + distil * (output - full).square().mean((1, 2, 3))
+    return error, error + distil * (output - full).square().mean((1, 2, 3))
 
 
 def train_step(net, state: State, batch: Batch, s: Settings, slices: int = 1,
@@ -240,6 +240,50 @@ def update_ema(state: State, s: Settings) -> None:
     torch._foreach_lerp_(list(state.ema.parameters()), list(state.model.parameters()), 1 - decay)
 
 
+def run_steps(run: "Run", take_step: Callable[[Batch], torch.Tensor],
+              before_save: Callable[[], None] = lambda: None) -> None:
+    """From where the run stands to its last step; Ctrl-C ends it after a step, with everything saved.
+
+    take_step: moves the weights, counts in state.spent what that costs, and gives the losses (B,) of this
+    process's part of the batch
+    """
+    s, state, processes = run.s, run.state, run.processes
+    stop, stopping = Stop(), False
+    clock, timed_from = time.time(), state.step
+    while state.step < s.steps and not stopping:
+        if state.curriculum.advance(state.step) and s.restart:
+            state.optimizer.state.clear()  # C.3.4; the EMA of the weights goes on
+        start, stage = (state.curriculum.start, state.curriculum.stage) if s.restart else (0, 0)
+        lr = learning_rate(state.step, start, stage, s)
+        state.optimizer.param_groups[0]["lr"] = lr
+        batch = draw_batch(run.dataset, state, s)
+        state.losses.append(take_step(batch))
+        state.timesteps.append(batch.t)
+        update_ema(state, s)
+        state.step += 1
+
+        logged = len(state.losses) == s.log_every or state.step == s.steps
+        if logged:
+            write_log(run, lr, (state.step - timed_from) * s.batch_size / (time.time() - clock))
+        if processes.count == 1 or logged:  # several: after a log line, where they have met
+            stopping = any(processes.gather(stop.asked))
+        if state.step % s.save_every == 0 or state.step == s.steps or stopping:
+            before_save()
+            save(run)
+        due = run.may_draw and state.step % s.sample_every == 0 and state.step < s.steps
+        if due and state.curriculum.t_low == 1:  # a picture takes all timesteps
+            run.draw(f"step_{state.step:07d}.png")
+        if logged:  # images per second are counted from after what was saved and drawn
+            clock, timed_from = time.time(), state.step
+
+    stop.restore_handlers()
+    end_progress()
+    if state.step < s.steps:
+        print(f"stopped after step {state.step}, all is saved in {run.folder}; go on with the same command "
+              f"(train.py: --resume --out {run.folder})", file=sys.stderr)
+        sys.exit(130)
+
+
 # ----------------------------------------------------------------------------------------------------
 # The script
 
@@ -272,49 +316,6 @@ def main(argv: list[str] | None = None) -> None:
         print(f"picture     {run.draw('final.png')}")
     print(f"more        python sample.py --run {run.folder}")
     print(f"losses      python experiments/curves.py {run.folder}")
-
-
-def run_steps(run: "Run", take_step: Callable[[Batch], torch.Tensor],
-              before_save: Callable[[], None] = lambda: None) -> None:
-    """From where the run stands to its last step; Ctrl-C ends it after a step, with everything saved.
-
-    take_step: moves the weights, counts in state.spent what that costs, and gives the losses (B,) of this
-    process's part of the batch
-    """
-    s, state, processes = run.s, run.state, run.processes
-    stop, stopping = Stop(), False
-    clock, timed_from = time.time(), state.step
-    while state.step < s.steps and not stopping:
-        if state.curriculum.advance(state.step) and s.restart:
-            state.optimizer.state.clear()  # C.3.4; the EMA of the weights goes on
-        start, stage = (state.curriculum.start, state.curriculum.stage) if s.restart else (0, 0)
-        lr = learning_rate(state.step, start, stage, s)
-        state.optimizer.param_groups[0]["lr"] = lr
-        batch = draw_batch(run.dataset, state, s)
-        state.losses.append(take_step(batch))
-        state.timesteps.append(batch.t)
-        update_ema(state, s)
-        state.step += 1
-
-        if len(state.losses) == s.log_every or state.step == s.steps:
-            write_log(run, lr, (state.step - timed_from) * s.batch_size / (time.time() - clock))
-        if processes.count == 1 or not state.losses:  # several: after a log line, where they have met
-            stopping = any(processes.gather(stop.asked))
-        if state.step % s.save_every == 0 or state.step == s.steps or stopping:
-            before_save()
-            save(run)
-        due = run.may_draw and state.step % s.sample_every == 0 and state.step < s.steps
-        if due and state.curriculum.t_low == 1:  # a picture takes all timesteps
-            run.draw(f"step_{state.step:07d}.png")
-        if not state.losses:  # images per second are counted from after what was saved and drawn
-            clock, timed_from = time.time(), state.step
-
-    stop.restore_handlers()
-    end_progress()
-    if state.step < s.steps:
-        print(f"stopped after step {state.step}, all is saved in {run.folder}; to go on, give the same "
-              "command again, that of train.py with --resume and --out", file=sys.stderr)
-        sys.exit(130)
 
 
 # ====================================================================================================
@@ -466,7 +467,9 @@ def open_run(argv: list[str] | None) -> tuple[Run, dict]:
 def read_command_line(argv: list[str] | None):
     """(run folder, None where one is to be made; settings; all flags, where a run goes on with those that it
     has; those given)"""
-    parser = Parser(description=__doc__.replace("{TINY}", ", ".join(f"{k} {v}" for k, v in TINY.items())))
+    own = (f"{model}: " + " ".join(f"{flag(name)} {value}" for name, value in defaults.items())
+           for model, defaults in (("tiny", TINY), ("small", SMALL)))
+    parser = Parser(description=__doc__, epilog="defaults of " + "\nand of ".join(own))
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: a new one under runs/)")
     parser.add_argument("--resume", action="store_true",
                         help="go on with the run in --out (default: the newest under runs/)")
@@ -536,7 +539,8 @@ def print_summary(run: Run, given: dict, dtype: torch.dtype) -> None:
     s, state, dataset, processes = run.s, run.state, run.dataset, run.processes
     config, schedule = state.model.config, state.model.rank_schedule
     size, classes = config.image_size, len(dataset.classes) or "no"
-    print(f"run         {run.folder}" + (f", going on after step {state.step}" if state.step else ""))
+    since = f"going on after step {state.step}" if state.step else "from the first step"
+    print(f"run         {run.folder}, {since}")
     print(f"device      {processes.device}, {dtype}, processes: {processes.count}, compiled: {s.compile}")
     print(f"data        {dataset.name}: {len(dataset.images):,} images {size}x{size}, {classes} classes")
     print(f"model       {s.model}, {summary(config)}")

@@ -137,8 +137,7 @@ def bench_sampling(configs: dict[str, Config], batch: int, device, dtype, compil
     """Every timestep is a turn; of the `passes` through all of them, each timestep's median counts."""
     models = {name: wake(DiT(config).to(device)).eval() for name, config in configs.items()}
     if compiled:
-        for model in models.values():
-            model.denoise = torch.compile(model.denoise)
+        models = {name: torch.compile(model) for name, model in models.items()}
     config, visited = configs["full"], sampling_timesteps(steps)[:-1]
     x = torch.randn(batch, config.channels, config.image_size, config.image_size, device=device)
     y = torch.randint(0, config.num_classes, (batch,), device=device)
