@@ -39,6 +39,7 @@ import flops
 import latents
 import model
 import neighbours
+import paper_tables
 import plot
 import rank_analysis
 import representation
@@ -58,7 +59,7 @@ TINY = dict(depth=2, width=32, heads=2, patch=4, conditioning="shared", dense_ml
 
 @pytest.fixture(autouse=True, scope="module")
 def smaller_tiny():
-    """The scripts' default model, a block small enough for runs of a second, on one thread: two would wait."""
+    """The scripts' default model, one block for runs of a second, on one thread: two would wait."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -946,7 +947,8 @@ def test_the_solver_against_every_choice():
 
 
 def test_a_fitted_profile_costs_no_more_than_the_constant_share():
-    config, visited = Config(**TINY, method="elastic", keep=1.0, rho_min=0.1, image_size=8), schedule.sampling_timesteps(25)
+    config = Config(**TINY, method="elastic", keep=1.0, rho_min=0.1, image_size=8)
+    visited = schedule.sampling_timesteps(25)
     groups = fit_ranks.noise_groups(NOISE.log_snr, visited[:-1])
     steps = np.array([sum(t in group for t in visited[:-1]) for group in groups])
     harm = np.outer(steps * np.arange(10, 0, -1.0), (1 - np.array(fit_ranks.measured_shares(0.1))) ** 2)  # more where it is clean
@@ -964,7 +966,8 @@ def test_a_fitted_profile_costs_no_more_than_the_constant_share():
         assert least <= 1.005 * fit_ranks.harm_of_constant(middle, config, share)  # which never rises, either
         for shape in elastic.SHAPES.values():
             profile = elastic.scaled(shape, config, 25, share)
-            assert flops.sampling(config, 25, shares=schedule.Shares(profile)) <= costs[1] and min(s for _, s in profile) >= config.rho_min
+            assert flops.sampling(config, 25, shares=schedule.Shares(profile)) <= costs[1]
+            assert min(s for _, s in profile) >= config.rho_min
     paper = elastic.scaled(elastic.SHAPES["paper"], config, 25, 0.5)
     phi = [schedule.RankSchedule().active(t, 1000) for t in visited[:-1][::-1]]
     assert np.corrcoef([s for _, s in paper], phi)[0, 1] > 0.999
@@ -1285,6 +1288,77 @@ def test_compress_script(few, tmp_path):
     refuses(compress, *flags, "--tune-lr", 1e-4, says="other settings")
     for flag, name in (("--steps", "full"), ("--adaptive-steps", "iso-compute"), ("--tune-steps", "student")):
         refuses(compress, *flags, flag, 9, says=(f"{name} is a run of", "steps, not 9", "--out"))
+
+
+# ----------------------------------------------------------------------------------------------------
+# paper_tables.py, for `flops.py --paper`
+
+
+def paper_model(name="DiT-S/2", size=32, method="full", keep=1.0):
+    return Config(**model.PRESETS[name], image_size=size, num_classes=1000, method=method, keep=keep)
+
+
+@pytest.mark.parametrize("row", [row for row in paper_tables.PRINTED if row[3] in ("full", "static") and row[5]],
+                         ids=lambda row: " ".join(map(str, row[1:5])))
+def test_full_and_static_rows_agree_to_the_last_printed_digit(row):
+    """Tables 1 to 4, 7 and 8. experiments/paper_tables.py, for `flops.py --paper`."""
+    _, name, size, method, keep, gflops, params, spent = row
+    config = paper_model(name, size, method, keep or 1.0)
+    assert round(paper_tables.sampling(config) / 1e9, 3) == gflops
+    assert round(model.parameter_count(config) / 1e6, 2) == params
+    assert not spent or round(paper_tables.training(config, 800_000, 128) / 1e18, 3) == spent
+
+
+def test_one_full_rank_model_as_published():
+    """Tables 1 and 4 over the 101 passes of 100 DDIM steps; Tables 2 and 8 before rounding; Tables 1 and 7: training is
+    three passes without the patch convolution and the last projection."""
+    for size, published in ((32, 5_462_115_840), (64, 21_806_143_488)):
+        config, pixel_layer = paper_model(size=size), (size // 2) ** 2 * 12 * 384
+        assert paper_tables.one_pass(config, 1) == published
+        assert paper_tables.training(config, 5, 128) == 5 * 128 * 3 * (published - 2 * pixel_layer)
+    assert model.parameter_count(paper_model()) == 39_795_852
+    assert model.parameter_count(paper_model("DiT-B/2")) == 147_421_452
+
+
+def test_the_note_on_adaptive_rows_tells_our_figures():
+    """C.1, 3.1: with the stated schedule the average is 0.70 r_max, and ISO-Compute's r_max 1.42 r_base."""
+    iso, static = paper_model(method="iso-param", keep=0.75), paper_model(method="static", keep=0.75)
+    none = dict.fromkeys(flops.active_channels(iso, 1), 0)
+    dense, full = (sum(p.size for p in flops.products(iso, k)) for k in (none, None))
+    total = lambda config: sum(layer.rank for layer in model.linear_layers(config) if layer.rank)
+    assert round((flops.sampling(iso) / 100 - dense) / (full - dense), 2) == 0.70
+    assert round(total(replace(iso, method="iso-compute")) / total(static), 1) == 1.4
+    assert "averages 0.70" in paper_tables.NOTES and "needs 1.42" in paper_tables.NOTES
+
+
+def test_no_printed_figure_enters_a_computation(monkeypatch):
+    """PRINTED with other figures: the same computed ones."""
+    before = paper_tables.paper_rows()
+    tripled = [row[:5] + tuple(f and 3 * f for f in row[5:]) for row in paper_tables.PRINTED]
+    monkeypatch.setattr(paper_tables, "PRINTED", tripled)
+    for a, b in zip(before, paper_tables.paper_rows()):
+        assert {k: v for k, v in a.items() if "paper" not in k} == {k: v for k, v in b.items() if "paper" not in k}
+
+
+def test_paper_json_keeps_its_contract():
+    """One object for each row of each table; null where the paper prints nothing."""
+    rows = json.loads(runs(flops, "--paper", "--json"), parse_constant=pytest.fail)
+    keys = {"table", "method", "keep", "image_size", "gflops", "paper_gflops", "params", "paper_params", "train_flops",
+            "paper_train_flops"}
+    assert all(keys <= set(row) for row in rows)
+    count = {table: sum(row["table"] == table for row in rows) for table in {row["table"] for row in rows}}
+    assert count == {"1": 4, "2": 10, "3": 10, "4": 10, "6": 4, "7": 4, "8": 2, "B.4": 1}
+    for row in rows:
+        assert (row["paper_train_flops"] is not None) == (row["table"] in ("1", "7"))
+        assert (row["paper_gflops"] is not None) == (row["table"] not in ("7", "B.4"))
+    static = next(row for row in rows if row["table"] == "1" and row["method"] == "static")
+    assert round(static["gflops"], 3) == static["paper_gflops"] == 421.256
+    assert (static["params"], static["paper_params"]) == (31_344_780, 31_340_000)
+    assert round(static["train_flops"], -15) == static["paper_train_flops"] == 1_281 * 10**15
+    out = runs(flops, "--paper")  # in the terminal: ours beside theirs
+    assert "nan" not in out and "23.8%" in out and "15.0%" in out  # B.4: a tenth of each layer
+    assert out.splitlines()[1].split() == ("1 2 3 DiT-S/2 32 full 551.674 551.674 1.000 39.80 39.80 1.000 "
+                                           "1.677 1.677 1.000").split()
 
 
 # ----------------------------------------------------------------------------------------------------
