@@ -39,6 +39,7 @@ import flops
 import latents
 import model
 import neighbours
+import paper_tables
 import plot
 import rank_analysis
 import representation
@@ -58,11 +59,11 @@ TINY = dict(depth=2, width=32, heads=2, patch=4, conditioning="shared", dense_ml
 
 @pytest.fixture(autouse=True, scope="module")
 def smaller_tiny():
-    """The scripts' default model, small enough for runs of a second, on one thread: two would wait."""
+    """The scripts' default model, one block for runs of a second, on one thread: two would wait."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(model.PRESETS, "tiny", TINY)
+        patch.setitem(model.PRESETS, "tiny", TINY | dict(depth=1))
         yield
     torch.set_num_threads(threads)
 
@@ -370,7 +371,7 @@ def test_rank_analysis_script(few, tmp_path):
     assert [r["step"] for r in results["gradients"]] == [20, 40] and [r["step"] for r in results["weights"]] == [10, 20]
     for row in results["gradients"] + results["weights"]:
         ranks, norms = np.array(row["effective_rank_by_matrix"]), np.array(row["norm_by_matrix"])
-        assert norms.shape == (5, 14) and (norms > 0).all() and ranks.min() >= 1 and ranks.max() <= 32
+        assert norms.shape == (5, 7) and (norms > 0).all() and ranks.min() >= 1 and ranks.max() <= 32
         assert np.allclose(row["effective_rank"], ranks.mean(1))
     for matrix in (np.array(row["similarity"]) for row in results["similarity"]):
         assert np.allclose(matrix, matrix.T) and np.allclose(np.diag(matrix), 1)
@@ -890,8 +891,10 @@ def test_compare_script(few, tmp_path):
 def elastic_run(few, tmp_path_factory):
     """The folder of a short elastic run, whose adaLN gates have left zero, and a classifier for its images."""
     folder = tmp_path_factory.mktemp("elastic")
-    train.main([*map(str, [*few[:2], *few[4:]]), "--model", "tiny", "--method", "elastic", "--steps", "6", "--lr", "0.01",
-                "--ema-decay", "0", "--sample-every", "0", "--out", str(folder / "run")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model.PRESETS, "tiny", TINY)
+        train.main([*map(str, [*few[:2], *few[4:]]), "--model", "tiny", "--method", "elastic", "--steps", "6",
+                    "--lr", "0.01", "--ema-decay", "0", "--sample-every", "0", "--out", str(folder / "run")])
     classifier.main([*map(str, few[:4]), "--steps", "5", "--out", str(folder / "clf.pt"), "--device", "cpu"])
     return folder / "run", folder / "clf.pt"
 
@@ -944,13 +947,14 @@ def test_the_solver_against_every_choice():
 
 
 def test_a_fitted_profile_costs_no_more_than_the_constant_share():
-    config, visited = Config(**TINY, method="elastic", keep=1.0, rho_min=0.1, image_size=8), schedule.sampling_timesteps(50)
+    config = Config(**TINY, method="elastic", keep=1.0, rho_min=0.1, image_size=8)
+    visited = schedule.sampling_timesteps(25)
     groups = fit_ranks.noise_groups(NOISE.log_snr, visited[:-1])
     steps = np.array([sum(t in group for t in visited[:-1]) for group in groups])
     harm = np.outer(steps * np.arange(10, 0, -1.0), (1 - np.array(fit_ranks.measured_shares(0.1))) ** 2)  # more where it is clean
     for share in (0.5, 0.25, 0.12):
         profile, least = fit_ranks.fit(harm, config, groups, visited[:-1], share)
-        costs = [flops.sampling(config, 50, shares=schedule.Shares(ranks)) for ranks in (profile, ((1, share),))]
+        costs = [flops.sampling(config, 25, shares=schedule.Shares(ranks)) for ranks in (profile, ((1, share),))]
         assert 0.95 * costs[1] < costs[0] <= costs[1] and least <= fit_ranks.harm_of_constant(harm, config, share)
         shares = [s for _, s in profile]
         assert shares == sorted(shares, reverse=True) and shares[0] > shares[-1] >= config.rho_min
@@ -961,9 +965,10 @@ def test_a_fitted_profile_costs_no_more_than_the_constant_share():
         least = fit_ranks.fit(middle, config, groups, visited[:-1], share, never_rises=True)[1]
         assert least <= 1.005 * fit_ranks.harm_of_constant(middle, config, share)  # which never rises, either
         for shape in elastic.SHAPES.values():
-            profile = elastic.scaled(shape, config, 50, share)
-            assert flops.sampling(config, 50, shares=schedule.Shares(profile)) <= costs[1] and min(s for _, s in profile) >= config.rho_min
-    paper = elastic.scaled(elastic.SHAPES["paper"], config, 50, 0.5)
+            profile = elastic.scaled(shape, config, 25, share)
+            assert flops.sampling(config, 25, shares=schedule.Shares(profile)) <= costs[1]
+            assert min(s for _, s in profile) >= config.rho_min
+    paper = elastic.scaled(elastic.SHAPES["paper"], config, 25, 0.5)
     phi = [schedule.RankSchedule().active(t, 1000) for t in visited[:-1][::-1]]
     assert np.corrcoef([s for _, s in paper], phi)[0, 1] > 0.999
 
@@ -1114,7 +1119,7 @@ def test_from_images_to_latents_and_back(few, tmp_path):
     assert file["latents"].shape == (40, 4, 2, 2) and file["latents"].dtype == np.float16
     assert np.array_equal(file["labels"], data.load(str(few[1])).labels)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(model.PRESETS, "tiny", TINY | dict(patch=2))  # of 2 x 2 latents
+        patch.setitem(model.PRESETS, "tiny", TINY | dict(depth=1, patch=2))  # of 2 x 2 latents
         train.main(["--dataset", str(tmp_path / "ae" / "latents.npz"), "--model", "tiny", "--steps", "2", "--device", "cpu",
                     "--batch-size", "2", "--out", str(tmp_path / "run")])
     runs(sample, "--run", tmp_path / "run", "--decoder", tmp_path / "ae" / "decoder.pt", "--num", 2, "--steps", 1, "--out",
@@ -1179,7 +1184,9 @@ TUNING = dict(model="tiny", method="static", keep=0.5, steps=4, lr=1e-2, warmup=
 
 def distil(teacher, few, folder, origin="hash", **changes):
     flags = few[:2] + few[4:] + common.as_flags(TUNING | dict(predict=teacher.config.predict) | changes)
-    return compress.distil(teacher, folder, [str(word) for word in flags], origin)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model.PRESETS, "tiny", TINY)  # as deep as the teacher
+        return compress.distil(teacher, folder, [str(word) for word in flags], origin)
 
 
 def test_truncation_is_the_best_approximation_of_its_rank():
@@ -1208,7 +1215,7 @@ def test_truncation_is_the_best_approximation_of_its_rank():
 def test_distillation_written_out(predict, few, tmp_path):
     """Adam towards the teacher's output, warm-up over 5 % of the steps, a cosine to zero, EMA; the log is about eps."""
     teacher, dataset = awake(method="full", predict=predict).requires_grad_(False), data.load(str(few[1]))
-    found, s = distil(teacher, few, tmp_path / "r"), opened(tmp_path / "r")[1]
+    found, s = distil(teacher, few, tmp_path / "r"), train.read_config(tmp_path / "r")[1]
     student, losses = compress.truncate(teacher, 0.5), []
     weights = {name: p.detach().clone().requires_grad_(True) for name, p in student.named_parameters()}
     ema, m, v = ({name: p.detach().clone() * scale for name, p in weights.items()} for scale in (1, 0, 0))
@@ -1281,6 +1288,77 @@ def test_compress_script(few, tmp_path):
     refuses(compress, *flags, "--tune-lr", 1e-4, says="other settings")
     for flag, name in (("--steps", "full"), ("--adaptive-steps", "iso-compute"), ("--tune-steps", "student")):
         refuses(compress, *flags, flag, 9, says=(f"{name} is a run of", "steps, not 9", "--out"))
+
+
+# ----------------------------------------------------------------------------------------------------
+# paper_tables.py, for `flops.py --paper`
+
+
+def paper_model(name="DiT-S/2", size=32, method="full", keep=1.0):
+    return Config(**model.PRESETS[name], image_size=size, num_classes=1000, method=method, keep=keep)
+
+
+@pytest.mark.parametrize("row", [row for row in paper_tables.PRINTED if row[3] in ("full", "static") and row[5]],
+                         ids=lambda row: " ".join(map(str, row[1:5])))
+def test_full_and_static_rows_agree_to_the_last_printed_digit(row):
+    """Tables 1 to 4, 7 and 8. experiments/paper_tables.py, for `flops.py --paper`."""
+    _, name, size, method, keep, gflops, params, spent = row
+    config = paper_model(name, size, method, keep or 1.0)
+    assert round(paper_tables.sampling(config) / 1e9, 3) == gflops
+    assert round(model.parameter_count(config) / 1e6, 2) == params
+    assert not spent or round(paper_tables.training(config, 800_000, 128) / 1e18, 3) == spent
+
+
+def test_one_full_rank_model_as_published():
+    """Tables 1 and 4 over the 101 passes of 100 DDIM steps; Tables 2 and 8 before rounding; Tables 1 and 7: training is
+    three passes without the patch convolution and the last projection."""
+    for size, published in ((32, 5_462_115_840), (64, 21_806_143_488)):
+        config, pixel_layer = paper_model(size=size), (size // 2) ** 2 * 12 * 384
+        assert paper_tables.one_pass(config, 1) == published
+        assert paper_tables.training(config, 5, 128) == 5 * 128 * 3 * (published - 2 * pixel_layer)
+    assert model.parameter_count(paper_model()) == 39_795_852
+    assert model.parameter_count(paper_model("DiT-B/2")) == 147_421_452
+
+
+def test_the_note_on_adaptive_rows_tells_our_figures():
+    """C.1, 3.1: with the stated schedule the average is 0.70 r_max, and ISO-Compute's r_max 1.42 r_base."""
+    iso, static = paper_model(method="iso-param", keep=0.75), paper_model(method="static", keep=0.75)
+    none = dict.fromkeys(flops.active_channels(iso, 1), 0)
+    dense, full = (sum(p.size for p in flops.products(iso, k)) for k in (none, None))
+    total = lambda config: sum(layer.rank for layer in model.linear_layers(config) if layer.rank)
+    assert round((flops.sampling(iso) / 100 - dense) / (full - dense), 2) == 0.70
+    assert round(total(replace(iso, method="iso-compute")) / total(static), 1) == 1.4
+    assert "averages 0.70" in paper_tables.NOTES and "needs 1.42" in paper_tables.NOTES
+
+
+def test_no_printed_figure_enters_a_computation(monkeypatch):
+    """PRINTED with other figures: the same computed ones."""
+    before = paper_tables.paper_rows()
+    tripled = [row[:5] + tuple(f and 3 * f for f in row[5:]) for row in paper_tables.PRINTED]
+    monkeypatch.setattr(paper_tables, "PRINTED", tripled)
+    for a, b in zip(before, paper_tables.paper_rows()):
+        assert {k: v for k, v in a.items() if "paper" not in k} == {k: v for k, v in b.items() if "paper" not in k}
+
+
+def test_paper_json_keeps_its_contract():
+    """One object for each row of each table; null where the paper prints nothing."""
+    rows = json.loads(runs(flops, "--paper", "--json"), parse_constant=pytest.fail)
+    keys = {"table", "method", "keep", "image_size", "gflops", "paper_gflops", "params", "paper_params", "train_flops",
+            "paper_train_flops"}
+    assert all(keys <= set(row) for row in rows)
+    count = {table: sum(row["table"] == table for row in rows) for table in {row["table"] for row in rows}}
+    assert count == {"1": 4, "2": 10, "3": 10, "4": 10, "6": 4, "7": 4, "8": 2, "B.4": 1}
+    for row in rows:
+        assert (row["paper_train_flops"] is not None) == (row["table"] in ("1", "7"))
+        assert (row["paper_gflops"] is not None) == (row["table"] not in ("7", "B.4"))
+    static = next(row for row in rows if row["table"] == "1" and row["method"] == "static")
+    assert round(static["gflops"], 3) == static["paper_gflops"] == 421.256
+    assert (static["params"], static["paper_params"]) == (31_344_780, 31_340_000)
+    assert round(static["train_flops"], -15) == static["paper_train_flops"] == 1_281 * 10**15
+    out = runs(flops, "--paper")  # in the terminal: ours beside theirs
+    assert "nan" not in out and "23.8%" in out and "15.0%" in out  # B.4: a tenth of each layer
+    assert out.splitlines()[1].split() == ("1 2 3 DiT-S/2 32 full 551.674 551.674 1.000 39.80 39.80 1.000 "
+                                           "1.677 1.677 1.000").split()
 
 
 # ----------------------------------------------------------------------------------------------------
