@@ -1146,9 +1146,14 @@ def test_links_are_followed_and_names_of_other_systems_understood(folder, tmp_pa
 
 
 def test_images_are_decoded_once(folder, tmp_path, monkeypatch):
-    """Until a file changes."""
+    """Until a file changes. Elsewhere, other images may lie under the same names, of the same size and time."""
     path, images, _ = folder
     data.load(str(path), tmp_path / "data")
+    for name, colour in (("one", 10), ("two", 200)):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (4, 4), (colour,) * 3).save(tmp_path / name / "a.bmp")
+        os.utime(tmp_path / name / "a.bmp", (0, 0))
+        assert (data.load(str(tmp_path / name), tmp_path / "data").images == colour).all()
     monkeypatch.setattr(data.Image, "open", None)  # decoding again would fail
     assert torch.equal(data.load(str(path), tmp_path / "data").images, images)
     monkeypatch.undo()
@@ -1531,7 +1536,7 @@ def test_a_checkpoint_of_other_things_is_refused_unopened(write, tmp_path, monke
 
 
 @pytest.mark.parametrize("arguments, says", [
-    (["--classes", 10], ("'10'", "0 to 9")), (["--classes", "0,unicorn"], "unicorn"), (["--num", 0], "at least 1"),
+    (["--classes", 10], ("'10'", "0 to 9")), (["--classes", "1" * 5000], "is unknown"), (["--classes", "0,unicorn"], "unicorn"), (["--num", 0], "at least 1"),
     (["--steps", 1001], "at most 1000"), (["--seed", -1], "seed"), (["--seed", 2**64], "seed"), (["--first", -1], "first"),
     (["--guidance", "two"], "guidance"), (["--guidance", "nan"], "finite"), (["--sampler", "euler"], "ddim"),
     (["--steps", "1e3"], "invalid int value"), (["--device", "tpu"], "tpu"), (["--dtype", "int8"], "int8"),
@@ -1574,12 +1579,21 @@ def test_sample_script_at_any_share(elastic_run, arguments, says, tmp_path, monk
 
 def test_a_grid_that_is_asked_otherwise_has_another_name(elastic_run, tmp_path):
     shutil.copytree(elastic_run, tmp_path / "r")
-    for arguments in ([], ["--guidance", 1.5, "--budget", 0.5], ["--guide-share", 0.25],
+    for arguments in (["--first", 4], ["--guidance", 1.5, "--budget", 0.5], ["--guide-share", 0.25],
                       ["--guide-share", 0.25, "--guide-class", "same"], ["--classes", "3,star", "--no-clip"]):
         done(sample, "--run", tmp_path / "r", "--num", 1, "--steps", 2, *arguments)
     made = {path.name for path in (tmp_path / "r" / "samples").glob("ddim2*")}
-    assert made == {f"ddim2_seed0{more}.png" for more in (
-        "", "_guidance-1.5_budget-0.5", "_guide_share-0.25", "_guide_share-0.25_guide_class-same", "_classes-3,star_clip-False")}
+    assert made == {f"ddim2_seed0_num-1{more}.png" for more in (
+        "_first-4", "_guidance-1.5_budget-0.5", "_guide_share-0.25", "_guide_share-0.25_guide_class-same",
+        "_classes-3,star_clip-False")}
+    refuses(sample, "--run", tmp_path / "r", "--classes", ",".join("3" * 200), says=("too long", "--out"))
+
+
+def test_the_columns_of_a_grid_are_named_from_its_first_image_on(elastic_run, tmp_path):
+    flags = ["--run", elastic_run, "--steps", 1, "--num", 6, "--classes", "3,star,0", "--out", tmp_path / "x.png"]
+    names = list(data.SHAPES)
+    for first, columns in ((0, (3, 7, 0)), (4, (7, 0, 3))):
+        assert f"columns: {', '.join(names[c] for c in columns)}\n" in done(sample, *flags, "--first", first)
 
 
 def test_sample_script_refuses_files_that_are_no_runs_and_shares_of_other_methods(run, tmp_path, monkeypatch):
@@ -1962,6 +1976,19 @@ def test_train_script_begins_afresh_where_nothing_was_saved(tmp_path):
     assert saved(tmp_path / "r", "state.pt")["step"] == 3 and again and whole not in again
 
 
+@pytest.mark.parametrize("name", train.RUN_FILES)
+def test_train_script_leaves_files_of_others_alone(name, tmp_path):
+    """In a folder that is no run: they are not overwritten. In one that is: they are not taken for its leftovers."""
+    (tmp_path / name).write_text('{"mine": 1}')
+    refuses(train, "--out", tmp_path, says="not of a run")
+    assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_text() == '{"mine": 1}'
+    (tmp_path / name).unlink()
+    for leftover in (".mine.tmp", f".{name}.123.tmp"):
+        (tmp_path / leftover).touch()
+    quick_training("--steps", 1, "--out", tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".lock", ".mine.tmp", "config.json", "metrics.jsonl", "model.pt", "state.pt"]
+
+
 def test_train_script_keeps_a_run_that_is_there(run):
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     refuses(train, "--out", run, says=("already holds a run", "--resume"))
@@ -2169,6 +2196,8 @@ def test_latents_that_do_not_fit_are_refused(latents, run, tmp_path, monkeypatch
     for says, z in bad.items():
         np.savez("x.npz", latents=z, labels=np.arange(9))
         refuses(train, "--dataset", "x.npz", "--model", "tiny", says=says.strip())
+    np.savez("x.npz", latents=np.where(np.arange(4)[:, None, None] == 2, np.float16(7), good))
+    refuses(train, "--dataset", "x.npz", "--model", "tiny", says="constant")
     np.savez("three.npz", latents=good[:, :3], labels=np.arange(60) % 3)
     refuses(train, "--resume", "--out", latents / "run", "--dataset", "three.npz", says="3 channels")
     refuses(train, "--resume", "--out", latents / "run", "--noise", "linear", says="--noise linear (the run has cosine)")
