@@ -446,7 +446,8 @@ def open_run(argv: list[str] | None) -> tuple[Run, dict]:
     first, classes = source.read(0, 1), len(source.classes)
     channels, height, width = first.shape[1:]
     if height != width:
-        raise InputError(f"{source.name} has images of {width}x{height}; --image-size N makes them square")
+        raise InputError(f"{source.name} has images of {width}x{height}; they must be square: --image-size N "
+                         "makes those of a folder or ZIP so")
     facts = dict(num_classes=classes)
     if first.dtype != torch.uint8:
         std, mean = torch.std_mean(source.read(0, source.n).float(), (0, 2, 3), correction=0)
