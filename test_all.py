@@ -68,7 +68,8 @@ ELASTIC = SMALL | dict(method="elastic", keep=1.0, rho_min=0.1)
 PEAK, LOW = ((1, 0.3), (400, 0.8), (650, 0.07)), ((1, 1.0), (5, 0.07))  # rank profiles; PEAK neither falls nor rises
 PROFILE = json.dumps(dict(zip(("t", "share"), zip(*PEAK))))
 SHARES = [schedule.Shares(), schedule.Shares(guide=0.25), schedule.Shares(((1, 0.5),)), schedule.Shares(PEAK, 0.2),
-          schedule.Shares(PEAK, 0.2, "same"), schedule.Shares(((1, 0.5),), 0.6, "same"), schedule.Shares(LOW, 0.5)]
+          schedule.Shares(PEAK, 0.2, "same"), schedule.Shares(((1, 0.5),), 0.6, "same"), schedule.Shares(LOW, 0.5),
+          schedule.Shares(guide=0.25, guide_class="same")]
 ONE_BLOCK = model.PRESETS["tiny"] | dict(depth=1, width=32, heads=2)
 DISTIL = ["--method", "elastic", "--distil", "0.5"]
 QUICK = ["--dataset", "shapes", "--image-size", "8", "--batch-size", "4", "--log-every", "5", "--sample-every", "0",
