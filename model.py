@@ -96,9 +96,11 @@ class Config:
         for name in ("mean", "std"):
             object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
         check_fields(self)
-        if self.mean and (not len(self.mean) == len(self.std) == self.channels
-                          or not all(abs(m) < 1e4 and 1e-6 < s < 1e4 for m, s in zip(self.mean, self.std))):
+        if self.mean and not len(self.mean) == len(self.std) == self.channels:
             raise InputError(f"mean {self.mean} and std {self.std} are not those of {self.channels} channels")
+        if not all(abs(m) < 1e4 and 1e-6 < s < 1e4 for m, s in zip(self.mean, self.std)):
+            raise InputError(f"mean {self.mean} and std {self.std}: latents with a constant channel, or one "
+                             "of 10,000 and more, cannot be normalised; leave it out")
         self.rank_schedule()  # raises ValueError for a profile that is none
         if self.image_size % self.patch:
             raise InputError(f"image size {self.image_size} is not divisible by the patch size {self.patch}; "

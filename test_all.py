@@ -516,7 +516,7 @@ def test_training_written_out(tmp_path):
         v = (ab.sqrt() * eps - (1 - ab).sqrt() * x_0).float()
         loss = F.mse_loss(net(x_t, t, y), v) + 0.1 * lowrank.orthogonality_penalty(net, net.active(t_low))
         loss.backward()
-        optimizer.param_groups[0]["lr"] = train.learning_rate(step, 0, 0, train.Settings(**train.TINY | {"steps": 4}))
+        optimizer.param_groups[0]["lr"] = train.learning_rate(step, 0, 0, train.Settings(**train.OTHER_DEFAULTS["tiny"] | {"steps": 4}))
         optimizer.step(), optimizer.zero_grad()
         decay = min(0.2, (1 + step) / (10 + step))
         average = [decay * a + (1 - decay) * p.detach() for a, p in zip(average, net.parameters())]
@@ -2218,6 +2218,15 @@ def formula(shape, a, b):
     """Numbers that look random and are the same on every machine and numpy version, in [-1, 1)."""
     i = np.arange(np.prod(shape), dtype=np.float64)
     return ((a * i * i + b * i) % 1 * 2 - 1).reshape(shape)
+
+
+def test_frechet_distance_of_commuting_gaussians():
+    """FID Eq. (6): with diagonal covariances the distance is |mu1 - mu2|^2 + sum (s1 - s2)^2."""
+    g = np.random.default_rng(0)
+    m1, m2, s1, s2 = g.normal(size=(4, 40))
+    q = np.linalg.qr(g.normal(size=(40, 40)))[0]  # the same rotation of both changes nothing
+    ours = fid.frechet_distance(q @ m1, q @ np.diag(s1**2) @ q.T, q @ m2, q @ np.diag(s2**2) @ q.T)
+    assert ours == pytest.approx(((m1 - m2) ** 2).sum() + ((abs(s1) - abs(s2)) ** 2).sum(), rel=1e-10)
 
 
 # made once with mpmath 1.3 at 40 digits: singular values of A B^T, A and B the centred rows / sqrt(n - 1)

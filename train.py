@@ -7,7 +7,7 @@
     python train.py --resume                            go on with the newest run
     torchrun --nproc_per_node=4 train.py ...            the same steps, shared out to four GPUs
 
-The defaults are those of D.1, for every DiT-* model; tiny and small have their own (TINY and SMALL below).
+The defaults are those of D.1, for every DiT-* model; tiny and small have their own (OTHER_DEFAULTS).
 The warm-up is never longer than 5 % of the steps, and the EMA of a short run forgets faster.
 A run folder holds config.json, metrics.jsonl, state.pt (to go on), model.pt (EMA, to sample) and samples/.
 Read model.py and curriculum.py before, sample.py after.
@@ -89,9 +89,11 @@ class Settings:
         check_fields(self)
 
 
-TINY = dict(steps=3000, batch_size=64, lr=2e-3, warmup=100, ema_decay=0.998, curriculum_share=0.2,
-            log_every=20, save_every=500)
-SMALL = dict(steps=6600, lr=1e-3, warmup=300, ema_decay=0.999, save_every=250)
+OTHER_DEFAULTS = {  # of a preset
+    "tiny": dict(steps=3000, batch_size=64, lr=2e-3, warmup=100, ema_decay=0.998, curriculum_share=0.2,
+                 log_every=20, save_every=500),
+    "small": dict(steps=6600, lr=1e-3, warmup=300, ema_decay=0.999, save_every=250),
+}
 
 # What a resumed run may be told anew; everything else would make it another run (`Run.identity`)
 MAY_CHANGE = {"dataset", "data_dir", "image_size", "steps", "lr", "device", "dtype", "compile", "save_every",
@@ -101,7 +103,7 @@ MAY_CHANGE = {"dataset", "data_dir", "image_size", "steps", "lr", "device", "dty
 def choose_settings(given: dict) -> Settings:
     """The flags that were given, and defaults that depend on dataset, model or method. Raises InputError."""
     model = given.get("model", "tiny" if given.get("dataset", "shapes") == "shapes" else Settings.model)
-    depends = dict(model=model) | {"tiny": TINY, "small": SMALL}.get(model, {})
+    depends = dict(model=model) | OTHER_DEFAULTS.get(model, {})
     if not given.get("method", Config.method).startswith("iso"):
         depends["curriculum_groups"] = 0
     return Settings(**(depends | {f.name: given[f.name] for f in fields(Settings) if f.name in given}))
@@ -451,9 +453,6 @@ def open_run(argv: list[str] | None) -> tuple[Run, dict]:
     facts = dict(num_classes=classes)
     if first.dtype != torch.uint8:
         std, mean = torch.std_mean(source.read(0, source.n).float(), (0, 2, 3), correction=0)
-        if std.min() <= 1e-6:
-            raise InputError(f"{source.name}: a channel of the latents is constant (standard deviations "
-                             f"{', '.join(f'{x:.3g}' for x in std.tolist())}); leave it out")
         # unclipped, as latents must be, eps would multiply errors by 20,291 at t = T
         facts |= dict(channels=channels, mean=mean.tolist(), std=std.tolist(), predict="v")
     config = preset_config(s.model, flags | {"image_size": height}, **facts)
@@ -481,7 +480,7 @@ def read_command_line(argv: list[str] | None):
     """(run folder, None where one is to be made; settings; all flags, where a run goes on with those that it
     has; those given)"""
     own = (f"{model}: " + " ".join(f"{flag(name)} {value}" for name, value in defaults.items())
-           for model, defaults in (("tiny", TINY), ("small", SMALL)))
+           for model, defaults in OTHER_DEFAULTS.items())
     parser = Parser(description=__doc__, epilog="defaults of " + "\nand of ".join(own))
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: a new one under runs/)")
     parser.add_argument("--resume", action="store_true",

@@ -5,9 +5,7 @@ that they have not seen. Read train.py before; plot.py draws the charts and prin
 """
 
 import json
-import math
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from pathlib import Path

@@ -46,7 +46,7 @@ from data import Dataset
 from model import Config, DiT
 from sample import save_npz
 from schedule import PREDICTIONS, T
-from script import InputError, Parser, flag, pick_device, positive_int, run_script, sha256_of
+from script import Parser, flag, pick_device, positive_int, run_script, sha256_of
 from train import Settings, loss_groups
 
 # ----------------------------------------------------------------------------------------------------
