@@ -315,6 +315,7 @@ def _npz(path: Path, archive: zipfile.ZipFile, size: int | None) -> Source:
     with _refusing(no_npz), catch_warnings(action="ignore"):
         images = np.asarray(np.load(archive.open(f"{key}.npy")))
         labels = np.asarray(np.load(archive.open("labels.npy"))) if "labels" in keys else None
+    images = images.astype(images.dtype.newbyteorder("="), copy=False)  # as this machine orders its bytes
     if key == "latents":
         if images.dtype not in (np.float16, np.float32) or images.ndim != 4 or images.size == 0:
             raise InputError(f"{path}: the latents are {images.dtype} {images.shape}, not float (N, C, H, W)")

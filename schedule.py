@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 T = 1000
+TABLE = dict(dtype=torch.float64, device="cpu")  # of what is indexed by t, whatever the default device is
 
 # ----------------------------------------------------------------------------------------------------
 # Noise
@@ -32,13 +33,13 @@ class NoiseSchedule:
         """Raises ValueError for an unknown kind."""
         if kind not in NOISES:
             raise ValueError(f"noise schedule {kind!r} is unknown; use {' or '.join(NOISES)}")
-        t = torch.arange(T + 1, dtype=torch.float64)
+        t = torch.arange(T + 1, **TABLE)
         if kind == "cosine":
             f = torch.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2
             beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
         else:
-            beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
-        self.alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - beta, 0)])
+            beta = torch.linspace(1e-4, 0.02, T, **TABLE)
+        self.alpha_bar = torch.cat([torch.ones(1, **TABLE), torch.cumprod(1 - beta, 0)])
         self.log_snr = torch.log(self.alpha_bar) - torch.log1p(-self.alpha_bar)
 
     def coefficients(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,9 +176,9 @@ class RankSchedule:
     @functools.lru_cache(100)
     def table(self, r_max: int) -> torch.Tensor:
         """Phi(t) for every t: int64 (T + 1,). Kept for the next call; treat it as read-only."""
-        t = torch.arange(T + 1, dtype=torch.float64)
+        t = torch.arange(T + 1, **TABLE)
         if isinstance(self.profile, tuple):
-            phi = torch.full((T + 1,), channels_of(self.profile[0][1], r_max))
+            phi = torch.full((T + 1,), channels_of(self.profile[0][1], r_max), device="cpu")
             for first, share in self.profile:
                 phi[first:] = channels_of(share, r_max)
         else:
@@ -218,7 +219,7 @@ def iso_compute_rank(r_base: int, rank_schedule: RankSchedule, limit: int) -> in
     """ISO-Compute: the r_max from r_base to limit whose schedule, averaged over the sampling timesteps, is
     closest to r_base (the smaller one of two equally close). The timesteps are always those of 100 steps, so
     that the model does not depend on how it will be sampled."""
-    visited = torch.tensor(sampling_timesteps(100)[:-1])
+    visited = sampling_timesteps(100)[:-1]
 
     def average(r_max: int) -> float:
         return rank_schedule.table(r_max)[visited].double().mean().item()
