@@ -306,8 +306,7 @@ class DiT(nn.Module):
             return None
         active = {}
         for r in self.ranks:
-            phi = r if self.rank_schedule is None else self.rank_schedule.active(t, r)
-            k = torch.as_tensor(phi)
+            k = torch.as_tensor(r if self.rank_schedule is None else self.rank_schedule.active(t, r))
             if share is not None:
                 k = k.clamp(max=channels_of(share, r))
             if k.dim() == 0:

@@ -42,17 +42,15 @@ def guided(model: DiT, y: torch.Tensor | None, guidance: float, shares: Shares =
     y: int64 (B,), or None for "no class". `Shares.passes` says which passes are needed; two of equal rank run
     as one batch.
     """
-    labelled = y is not None
-
     def answer(x, t, y, share):
         active = model.active(t, share)
         return model(x, torch.full_like(y, t), y, active).float()
 
     def output(x, t):
         none = torch.full((len(x),), model.config.num_classes, device=x.device)  # the label of "no class"
-        label = y if labelled else none
+        label = none if y is None else y
         weak_label = label if shares.guide_class == "same" else none  # what the second pass is told
-        share, weak_share = shares.passes(t, guidance, labelled)
+        share, weak_share = shares.passes(t, guidance, labelled=y is not None)
         if weak_share is None:
             return answer(x, t, label, share)
         if share is None:
@@ -266,10 +264,9 @@ def load_model(run: Path, device: torch.device, file: str = "model.pt") -> tuple
     try:
         model = DiT(Config(**state["config"]), initialise=False)
         model.load_state_dict(state["model"])
-        if not all(isinstance(name, str) for name in state["classes"]):
-            raise ValueError("classes are not names")
-        if len(state["classes"]) > model.config.num_classes:
-            raise ValueError(f"it has {len(state['classes'])} classes and {model.config.num_classes} labels")
+        names, labels = state["classes"], model.config.num_classes
+        if len(names) > labels or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"its classes are not names of {labels} labels or fewer")
         state["guidance"] = float(state["guidance"])
     except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         raise InputError(f"{path} does not describe a model: {one_line(error)}") from None
@@ -284,8 +281,7 @@ def choose_classes(text: str, names: list[str]) -> list[int]:
     if not names:
         raise InputError("this model was trained without classes; leave --classes out")
     chosen = []
-    for word in text.split(","):
-        word = word.strip()
+    for word in map(str.strip, text.split(",")):
         c = names.index(word) if word in names else int(word) if word.isdecimal() and len(word) < 10 else -1
         if not 0 <= c < len(names):
             raise InputError(f"class {word!r} is unknown: give numbers from 0 to {len(names) - 1} "

@@ -63,11 +63,7 @@ PREDICTIONS = ("eps", "v", "x0")
 
 def target_coefficients(predict: str, signal, noise):
     """c_x and c_eps of the target. v = sqrt(ab) eps - sqrt(1 - ab) x_0 is from Salimans and Ho 2022."""
-    if predict == "eps":
-        return 0.0, 1.0
-    if predict == "v":
-        return -noise, signal
-    return 1.0, 0.0
+    return {"eps": (0.0, 1.0), "v": (-noise, signal), "x0": (1.0, 0.0)}[predict]
 
 
 def target(predict: str, x_0: torch.Tensor, eps: torch.Tensor, signal, noise) -> torch.Tensor:
@@ -234,10 +230,6 @@ def iso_compute_rank(r_base: int, rank_schedule: RankSchedule, limit: int) -> in
 # squared error of what is predicted, float64 (T + 1,); entry 0 is not used.
 
 
-def no_weight(schedule: NoiseSchedule, predict: str) -> torch.Tensor:
-    return torch.ones_like(schedule.alpha_bar)
-
-
 def erd_weight(schedule: NoiseSchedule, predict: str) -> torch.Tensor:
     """ERD: sqrt((c_x alpha)^2 + (c_eps sigma)^2) for the target c_x x_0 + c_eps eps: sigma for eps, alpha for
     x_0, sqrt(2) alpha sigma for v. The rule is derived for uniform log-SNR; like its authors' discrete runs
@@ -273,8 +265,8 @@ def speed_weight(schedule: NoiseSchedule, predict: str, lam: float = 0.6) -> tor
     return eps_loss_factor(predict, schedule) * weight
 
 
-WEIGHTINGS = {"none": no_weight, "erd": erd_weight, "min-snr": min_snr_weight, "p2": p2_weight,
-              "speed": speed_weight}
+WEIGHTINGS = {"none": lambda schedule, predict: torch.ones_like(schedule.alpha_bar), "erd": erd_weight,
+              "min-snr": min_snr_weight, "p2": p2_weight, "speed": speed_weight}
 
 
 def loss_weight(name: str, schedule: NoiseSchedule, predict: str, probabilities) -> torch.Tensor:
@@ -300,27 +292,22 @@ def elastic_shares(n: int, rho_min: float, generator: torch.Generator | None = N
     return (rho_min + (1 - rho_min) * (u - 1 / 8) * 8 / 6).clamp(rho_min, 1)
 
 
-def share_at(profile: Profile, t: int) -> float:
-    """The share of the last pair that begins at t or before."""
-    return [share for first, share in profile if first <= t][-1]
-
-
 class Shares(NamedTuple):
     """The shares of the channels that an elastic model computes in sampling.
 
-    ranks: a profile over t, ((1, share),) for one share everywhere; None: all, or what a rank schedule says
+    ranks: a profile over t, ((1, share),) for one share everywhere; of what a rank schedule leaves, if any
     guide: the largest share in the second pass of guidance, which is never given more than the first
     guide_class: what the second pass is told, "none": classifier-free guidance, or "same": the class, so that
     the passes differ in their rank alone (autoguidance, Karras et al. 2024)
     """
-    ranks: Profile | None = None
+    ranks: Profile = ((1, 1.0),)
     guide: float = 1.0
     guide_class: str = "none"
 
     def passes(self, t: int, guidance: float, labelled: bool = True) -> tuple[float | None, float | None]:
         """The shares of the first and of the second pass at t; None for a pass that would say nothing new:
         with weight zero (guidance 0 and 1), or the same as the other. labelled: the first is told a class."""
-        first = share_at(self.ranks, t) if self.ranks else 1.0
+        first = [share for start, share in self.ranks if start <= t][-1]  # the last pair that began
         second = min(first, self.guide)
         alike = first == second and (self.guide_class == "same" or not labelled)
         if guidance == 1 or alike:
@@ -330,4 +317,4 @@ class Shares(NamedTuple):
     @property
     def differ(self) -> bool:
         """Whether the second pass computes fewer channels than the first at any t."""
-        return self.guide < max(share for _, share in self.ranks or ((1, 1.0),))
+        return self.guide < max(share for _, share in self.ranks)

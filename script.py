@@ -288,8 +288,7 @@ def read_checkpoint(path: Path, keys: tuple[str, ...]) -> dict:
     values are ever unpickled (weights_only), so a file from a stranger cannot run code.
     Raises InputError if the file is missing, damaged, not ours, or wants to run code."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's and numpy's remarks on foreign files: ours is one line
+        with warnings.catch_warnings(action="ignore"):  # torch's and numpy's remarks: ours is one line
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path} does not exist; give the folder of a run of train.py") from None

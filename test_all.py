@@ -77,8 +77,10 @@ QUICK = ["--dataset", "shapes", "--image-size", "8", "--batch-size", "4", "--log
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def afresh(tmp_path, monkeypatch):
+    """Every test draws from seed 0, in an empty folder of its own."""
     torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
 
 
 def relative(found, expected):
@@ -94,9 +96,9 @@ def gradients(loss, *tensors):
     return torch.autograd.grad(loss, tensors, materialize_grads=True)
 
 
-def awake(config, seed=0, dtype=torch.float64):
+def awake(config, dtype=torch.float64):
     """A model whose every weight matters: as initialised, adaLN-Zero makes the output zero."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     net = DiT(config).to(dtype)
     with torch.no_grad():
         for p in net.parameters():
@@ -113,7 +115,6 @@ def inputs(config, n, seed=0, dtype=torch.float64):
 
 
 def low_rank_layer(n, m, r, dtype=torch.float64):
-    torch.manual_seed(n + m)
     layer = lowrank.LowRankLinear(n, m, r).to(dtype)
     for p in layer.parameters():
         torch.nn.init.normal_(p)
@@ -232,16 +233,13 @@ def test_at_T_an_error_in_eps_is_multiplied():
     """x_0 = (x_T - sqrt(1 - ab_T) eps) / sqrt(ab_T): an error in eps counts 20,291 times, so samplers clip. From v and
     x_0, a float32 answer gives x_0 back to rounding: nothing has to be clipped."""
     signal, noise = NOISE.coefficients(torch.tensor([T]))
-    x_0, eps = torch.rand(4, 3, 8, 8) * 2 - 1, torch.randn(4, 3, 8, 8)
+    x_0, eps = torch.randn(2, 4, 3, 8, 8)
     x_T = schedule.add_noise(x_0, eps, signal, noise)
-    error = {}
-    for predict in PREDICTIONS:
+    for predict, factor in (("eps", 20_291), ("v", 1), ("x0", 1)):
         answer = schedule.target(predict, x_0, eps, signal, noise)
-        error[predict] = relative(schedule.predicted_x_0_and_eps(predict, answer, x_T, signal, noise)[0], x_0)
-    assert error["v"] < 1e-6 and error["x0"] < 1e-6 and error["eps"] > 1e-4
-    x_T, eps, signal, noise = (a.double() for a in (x_T, eps, signal, noise))
-    right, wrong = (schedule.predicted_x_0_and_eps("eps", eps + e, x_T, signal, noise)[0] for e in (0, 1e-3))
-    assert (wrong - right).abs().mean().item() == pytest.approx(20_291 * 1e-3, rel=1e-3)
+        right, wrong = (schedule.predicted_x_0_and_eps(predict, answer + e, x_T, signal, noise)[0] for e in (0, 1))
+        assert (wrong - right).mean().abs().item() == pytest.approx(factor, rel=1e-3)
+        assert relative(right, x_0) < 1e-6 if factor == 1 else relative(right, x_0) > 1e-4
 
 
 # 2.1: low-rank layers
@@ -368,8 +366,8 @@ def test_eq_6_the_cost_of_a_layer():
 # 3.1: presets and published figures
 
 
-@pytest.mark.parametrize("r_base", [1, 5, 10, 48, 96, 153])
-@pytest.mark.parametrize("given", [dict(rho_min=0.1), {}, dict(rho_min=1.0), dict(profile=PEAK), dict(profile=LOW)], ids=str)
+@pytest.mark.parametrize("r_base", [1, 5, 10, 96])
+@pytest.mark.parametrize("given", [{}, dict(rho_min=0.1), dict(rho_min=1.0), dict(profile=PEAK), dict(profile=LOW)])
 def test_iso_compute(r_base, given):
     """The r_max whose Phi, averaged over the 100 sampling timesteps, is closest to r_base. 3.1"""
     phi = RankSchedule(**given)
@@ -397,11 +395,11 @@ def test_iso_presets_of_the_whole_model():
 # 2.2 and C.3: the curriculum
 
 
-@pytest.mark.parametrize("n, starts", [(10, GROUPS), (5, [1, 34, 359, 901, 991]), (1, [1])])
-def test_timestep_groups(n, starts):
+def test_timestep_groups():
     """Contiguous groups whose largest log-SNR difference is least, and which are as long as can be from low noise up.
     B.1, C.3.1: of the cosine schedule, and against all partitions of ten timesteps."""
-    assert curriculum.cluster_timesteps(NOISE.log_snr, n) == starts
+    for n, starts in ((10, GROUPS), (5, [1, 34, 359, 901, 991]), (1, [1])):
+        assert curriculum.cluster_timesteps(NOISE.log_snr, n) == starts
     for seed in range(8):
         log_snr = -torch.rand(11, generator=torch.Generator().manual_seed(seed)).double().mul(8).ceil().cumsum(0)
         s, cut_into = log_snr.clone(), 1 + seed % 5
@@ -422,10 +420,8 @@ def test_a_group_comes_when_the_loss_has_stopped_improving():
     for loss in falling[1:]:
         ema = 0.05 * loss + 0.95 * ema
     assert c.ema == pytest.approx(ema, rel=1e-12) and not c.advance(300)
-    c.observe(300, [5.0] * 199)
-    assert not c.advance(499) and c.t_low == 500
-    c.observe(499, [5.0])
-    assert c.advance(500) and c.t_low == 1 and c.start == 500
+    c.observe(300, [5.0] * 200)
+    assert c.t_low == 500 and c.advance(500) and c.t_low == 1 and c.start == 500
     c.observe(498, [1.0, 2.0, 3.0])  # afresh: the first two belong to the stage before
     assert c.ema == 3.0
 
@@ -443,16 +439,19 @@ def test_a_plateau_is_noticed_at_the_next_log_line(every):
     assert c.stage == 1 and c.start == math.ceil(201 / every) * every
 
 
-def test_the_curriculum_takes_at_most_its_share():
-    """Ours, so that short runs finish it: group j of N - 1 comes at the latest at step 0.4 steps j / (N - 1)."""
-    c = Curriculum(GROUPS, T, 3000)
-    assert [step for step in range(3000) if c.advance(step)] == [math.ceil(Fraction(1200 * j, 9)) for j in range(1, 10)]
-    for share, groups in (("0.55", 2), ("0.07", 3), ("0.28", 4), ("0.56", 10), ("0.3", 7)):  # 0.55 * 3000 > 1650 in floats
-        c, exact = Curriculum(GROUPS[:groups], T, 3000, float(share)), Fraction(share) * 3000 / (groups - 1)
-        assert [step for step in range(3000) if c.advance(step)] == [math.ceil(exact * j) for j in range(1, groups)]
-        assert sum(n for n, _ in flops.longest_curriculum(3000, groups, float(share))) == Fraction(share) * 3000
-    without_limit = Curriculum(GROUPS, T, 3000, share=1)
-    assert not any(without_limit.advance(step) for step in range(3000))
+@pytest.mark.parametrize("share, groups, steps", [  # 0.55 * 3000 > 1650 in floats
+    ("0.4", 10, 3000), ("0.4", 10, 77), ("0.55", 2, 3000), ("0.07", 3, 3000), ("0.28", 4, 3000), ("0.56", 10, 3000),
+    ("0.3", 7, 3000), ("0.4", 1, 50)])
+def test_the_curriculum_takes_at_most_its_share(share, groups, steps):
+    """Ours, so that short runs finish it: group j of N - 1 comes at the latest at step share * steps * j / (N - 1), and
+    flops.py counts a run in which no plateau brings it sooner. A share of 1 is no limit."""
+    starts = curriculum.cluster_timesteps(NOISE.log_snr, groups)
+    c, endless = (Curriculum(starts, T, steps, limit) for limit in (float(share), 1))
+    latest = [math.ceil(Fraction(share) * steps * j / (groups - 1)) for j in range(1, groups)]
+    assert [step for step in range(steps) if c.advance(step)] == latest
+    stages = [(end - begin, t_low) for begin, end, t_low in zip([0, *latest], latest, reversed(starts))]
+    assert flops.longest_curriculum(steps, groups, float(share)) == stages
+    assert not any(endless.advance(step) for step in range(steps))
 
 
 def test_progressive_uniform_sampling():
@@ -516,7 +515,7 @@ def test_training_written_out(tmp_path):
         v = (ab.sqrt() * eps - (1 - ab).sqrt() * x_0).float()
         loss = F.mse_loss(net(x_t, t, y), v) + 0.1 * lowrank.orthogonality_penalty(net, net.active(t_low))
         loss.backward()
-        optimizer.param_groups[0]["lr"] = train.learning_rate(step, 0, 0, train.Settings(**train.OTHER_DEFAULTS["tiny"] | {"steps": 4}))
+        optimizer.param_groups[0]["lr"] = train.learning_rate(step, 0, 0, train.choose_settings({"steps": 4}))
         optimizer.step(), optimizer.zero_grad()
         decay = min(0.2, (1 + step) / (10 + step))
         average = [decay * a + (1 - decay) * p.detach() for a, p in zip(average, net.parameters())]
@@ -542,8 +541,7 @@ def gaussian_eps(mean, std):
 
 def test_ddim():
     """x_s = sqrt(ab_s) x_0 + sqrt(1 - ab_s) eps (Song et al. 2021, Eq. 12); an x_0 outside [-1, 1] is clipped, and eps
-    then made to fit it. The whole way is the probability flow: x_0 = mean + std (x_T - sqrt(ab_T) mean) / std_T for
-    Gaussian images."""
+    then made to fit it."""
     x_0, e = torch.rand(2, 3, 4, 4).double() - 0.5, torch.randn(2, 3, 4, 4).double()
     first = next(sample.ddim(lambda x, t: e, AB[T].sqrt() * x_0 + (1 - AB[T]).sqrt() * e, 4))
     assert relative(first, AB[750].sqrt() * x_0 + (1 - AB[750]).sqrt() * e) < 1e-9
@@ -551,17 +549,13 @@ def test_ddim():
     clipped, free = (next(sample.ddim(lambda x, t: wrong, 0 * x_0, 4, clip=clip)) for clip in (True, False))
     e = AB[T].sqrt() / (1 - AB[T]).sqrt()  # that of x_0 = -1
     assert relative(clipped, ((1 - AB[750]).sqrt() * e - AB[750].sqrt()) * wrong) < 1e-9 and free.abs().max() > 100
-    x, ab = torch.randn(4, 3, 8, 8, dtype=torch.float64), AB[T].item()
-    expected = 0.2 + 0.5 * (x - ab**0.5 * 0.2) / (ab * 0.25 + 1 - ab) ** 0.5
-    errors = [relative([*sample.ddim(gaussian_eps(0.2, 0.5), x, n, clip=False)][-1], expected) for n in (100, 1000)]
-    assert errors[1] < 0.01 and errors[1] < errors[0] / 5  # first order in the step
 
 
 @pytest.mark.parametrize("sampler, order", [("ddim", 1), ("heun", 2), ("dpm++", 2)])
 def test_the_order_of_a_sampler(sampler, order):
-    """On Gaussian images, whose probability flow is known: from t = 900 to 100, twice the steps leave half of DDIM's error
-    and a quarter of that of Heun (Karras et al. 2022) and DPM-Solver++ 2M (Lu et al. 2022). From T to 0 in 50 steps they
-    are more exact than DDIM, too, since the step that leaves T and the one that reaches 0 are DDIM's."""
+    """On Gaussian images, whose probability flow is known: from t = 900 to 100, twice the steps leave half of DDIM's
+    error and a quarter of that of Heun (Karras et al. 2022) and DPM-Solver++ 2M (Lu et al. 2022). From T to 0 in 50
+    steps they are more exact, too, since the step that leaves T and the one that reaches 0 are DDIM's."""
     x, draw = torch.randn(4, 3, 8, 8, dtype=torch.float64), sample.SAMPLERS[sampler]
 
     def error(timesteps):
@@ -576,8 +570,8 @@ def test_the_order_of_a_sampler(sampler, order):
 
 
 def test_one_step_of_heun_and_dpm_solver():
-    """Heun: in y = x / sqrt(ab), y + (sigma' - sigma) (eps + eps') / 2, eps' at the end of Euler's step. DPM-Solver++ 2M:
-    x' = sigma'/sigma x - alpha' (exp(-h) - 1) ((1 + 1/2r) x_0 - 1/2r x_0 before), r = h before / h."""
+    """Heun: in y = x / sqrt(ab), y + (sigma' - sigma) (eps + eps') / 2, eps' at the end of Euler's step. DPM-Solver++
+    2M: x' = sigma'/sigma x - alpha' (exp(-h) - 1) ((1 + 1/2r) x_0 - 1/2r x_0 before), r = h before / h."""
     visited, calls = [900, 600, 500, 0], []
     eps = lambda x, t: calls.append((x, t)) or torch.tanh(x) * t / 1000
     alpha, sigma = AB.sqrt(), (1 - AB).sqrt()
@@ -599,9 +593,6 @@ def test_one_step_of_heun_and_dpm_solver():
     goal = (1 + 1 / (2 * r)) * x_0(first, 600) - x_0(x, 900) / (2 * r)
     assert relative(second, sigma[500] / sigma[600] * first - alpha[500] * ((-h).exp() - 1) * goal) < 1e-9
     assert relative(last, x_0(second, 500)) < 1e-9
-    passes = []
-    [*sample.heun(lambda x, t: passes.append(t) or 0 * x, x, 5)]
-    assert sorted(passes) == sorted([1000, 800, 600, 400, 200] + [600, 400, 200])
 
 
 def test_ddpm():
@@ -615,8 +606,7 @@ def test_ddpm():
     precision = 1 / (1 - AB[s]) + a / (1 - a)  # of x_s: prior given x_0, and likelihood of x_t
     mean = (AB[s].sqrt() * x_0 / (1 - AB[s]) + a**0.5 * x_t / (1 - a)) / precision
     assert relative(found, mean + precision**-0.5 * z) < 1e-9
-    x = torch.randn(64, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    torch.manual_seed(0)
+    x = torch.randn(64, 3, 8, 8, dtype=torch.float64)
     drawn = [*sample.ddpm(gaussian_eps(0.2, 0.5), x, 1000, clip=False)][-1]
     assert drawn.mean().item() == pytest.approx(0.2, abs=0.02) and drawn.std().item() == pytest.approx(0.5, abs=0.02)
     calls = []
@@ -627,7 +617,7 @@ def test_ddpm():
 @pytest.mark.parametrize("predict", PREDICTIONS)
 def test_guidance(predict):
     """eps = eps_u + w (eps_c - eps_u) (Ho and Salimans 2022), in whatever the model predicts: at one x_t its answer is
-    linear in eps. The two halves run as one batch, sliced to Phi(t); where one has no weight it is left out."""
+    linear in eps. Which passes are made: test_guidance_of_two_ranks."""
     net = awake(Config(**SMALL, predict=predict))
     x, _, _ = inputs(net.config, 3)
     y, t = torch.tensor([0, 1, 2]), torch.full((3,), 800)
@@ -638,12 +628,6 @@ def test_guidance(predict):
         _, eps = sample.denoiser(net, y, w, clip=False)(x, 800)
         assert relative(eps, eps_u + w * (eps_c - eps_u)) < 1e-5  # a model's answer is handed on in float32
     assert relative(sample.denoiser(net, None, 2.0, clip=False)(x, 800)[1], eps_u) < 1e-5
-    seen = []
-    net.blocks[0].register_forward_hook(lambda _, arguments, out: seen.append((len(arguments[0]), arguments[2])))
-    for y, w in ((torch.tensor([0, 1, 0]), 2.0), (torch.tensor([0, 1, 0]), 1.0), (y, 0.0), (None, 2.0)):
-        sample.guided(net, y, w)(x, 800)
-    assert [n for n, _ in seen] == [6, 3, 3, 3]
-    assert seen[0][1] == {r: Channels(net.rank_schedule.active(800, r)) for r in net.ranks}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -669,22 +653,23 @@ def test_a_rank_profile_of_any_shape(profile, r_max):
     expected = [math.ceil(Fraction(str(x)) * r_max) for x in share]
     assert phi.active(torch.arange(T + 1), r_max).tolist() == [phi.active(t, r_max) for t in range(T + 1)] == expected
     assert rounded.table(r_max).tolist() == [min(r_max, math.ceil(k / 8) * 8) for k in expected]
-    assert [schedule.share_at(profile, t) for t in range(1, T + 1)] == share[1:]
     decimals = torch.cat([torch.arange(1, 1001), torch.tensor([1e-9])]).double() / 1000  # exact, but never 0
-    expected = [math.ceil(Fraction(i, 1000) * r_max) for i in range(1, 1001)] + [1]
-    assert [schedule.channels_of(x, r_max) for x in decimals.tolist()] == schedule.channels_of(decimals, r_max).tolist() == expected
+    found = schedule.channels_of(decimals, r_max).tolist()
+    assert found == [math.ceil(Fraction(i, 1000) * r_max) for i in range(1, 1001)] + [1]
+    assert found == [schedule.channels_of(x, r_max) for x in decimals.tolist()]
 
 
 @pytest.mark.parametrize("n", [1, 3, 8, 64])
 def test_elastic_shares(n):
-    """Falling, one draw in each of n equal strata of a distribution that gives an eighth all channels, an eighth rho_min,
-    and the rest uniformly between. Without a generator, the middles of the strata."""
+    """Falling, one draw in each of n equal strata of a distribution that gives an eighth all channels, an eighth
+    rho_min, and the rest uniformly between. Without a generator, the middles of the strata."""
     g, of = torch.Generator().manual_seed(0), lambda u: (0.1 + 0.9 * (u - 1 / 8) / (6 / 8)).clamp(0.1, 1)
     draws = torch.stack([schedule.elastic_shares(n, 0.1, g) for _ in range(2000)]).flip(1)
     strata = of((torch.arange(n).double()[:, None] + torch.linspace(0, 1, 999).double()) / n)  # (n, 999)
     middles = schedule.elastic_shares(n, 0.1).flip(0)
     assert draws.dtype == middles.dtype == torch.float64 and torch.allclose(middles, strata[:, 499], rtol=1e-12)
-    assert (draws >= strata[:, 0] - 1e-12).all() and (draws <= strata[:, -1] + 1e-12).all() and (draws.diff() >= 0).all()
+    assert (draws >= strata[:, 0] - 1e-12).all() and (draws <= strata[:, -1] + 1e-12).all()
+    assert (draws.diff() >= 0).all()
     assert torch.allclose(draws.mean(0), strata.mean(1), atol=0.04)
     for end in (0.1, 1):
         assert (draws == end).double().mean().item() == pytest.approx(1 / 8, abs=0.04)
@@ -749,16 +734,6 @@ def test_a_layer_of_zeros_still_trains():
     assert not layer.U.any() and torch.allclose(layer.V @ layer.V.t(), torch.eye(5), atol=1e-5)
     layer(torch.randn(4, 12)).sum().backward()
     assert layer.U.grad.abs().max() > 0.01
-
-
-def test_factorise_at_the_full_rank_changes_nothing():
-    """Turning a dense DiT into a low-rank one: at rank min(m, n) its output is the dense model's."""
-    net = awake(Config(**SMALL, method="full"))
-    x, t, y = inputs(net.config, 3)
-    before = net(x, t, y)
-    lowrank.factorise(net, {layer.name: min(layer.m, layer.n) for layer in model.linear_layers(net.config)})
-    assert len(lowrank.low_rank_layers(net)) == len(model.linear_layers(net.config))
-    assert relative(net(x, t, y), before) < 1e-10
 
 
 def test_the_orthogonality_penalty_lowers_the_off_diagonals():
@@ -852,7 +827,6 @@ def test_attention_is_trained_in_float32_on_a_cpu():
                                           (torch.bfloat16, True, False, torch.float32),
                                           (torch.bfloat16, False, True, torch.bfloat16),
                                           (torch.float64, True, False, torch.float64)):
-        torch.manual_seed(0)
         q, k, v = (torch.randn(2, 3, 5, 8, dtype=dtype, requires_grad=True) for _ in range(3))
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.set_grad_enabled(grad):
             found = model.attention(q, k, v)
@@ -863,7 +837,6 @@ def test_attention_is_trained_in_float32_on_a_cpu():
 @pytest.mark.parametrize("method", ["full", "iso-compute"])
 def test_adaln_zero(method):
     """A fresh DiT answers zero to everything (Peebles and Xie 2023), and its first gradient is not zero."""
-    torch.manual_seed(0)
     net = DiT(Config(**SMALL, method=method))
     x, t, y = inputs(net.config, 3, dtype=torch.float32)
     out = net(x, t, y)
@@ -922,7 +895,6 @@ def test_a_model_without_memory_for_its_weights():
 
 def test_initial_spread():
     """DiT's initialisation: embedders N(0, 0.02), the rest Xavier, biases zero."""
-    torch.manual_seed(0)
     net = DiT(Config(method="full", depth=1, num_classes=1000))
     assert net.embedders[0].label.weight.std().item() == pytest.approx(0.02, rel=0.01)
     assert net.embedders[0].time_in.weight.std().item() == pytest.approx(0.02, rel=0.02)
@@ -937,37 +909,28 @@ def test_initial_spread():
 
 @pytest.mark.parametrize("stratified", [False, True])
 def test_drawn_timesteps(stratified):
-    """In ascending order, as often as `probabilities` says; stratified: one in each of n equal strata. What batches
-    cost then varies less: the spread of their mean Phi(t) falls below a tenth."""
+    """In ascending order, as often as `probabilities` says; stratified: one in each of n equal strata."""
     c = Curriculum([1, 500, 900, 990], T, 1000)
     for c.stage in range(4):
         p, g = c.probabilities(), torch.Generator().manual_seed(c.stage)
-        draws = torch.stack([c.sample(50, g, stratified) for _ in range(2000)])
+        draws = torch.stack([c.sample(200, g, stratified) for _ in range(500)])
         assert draws.dtype == torch.int64 and (draws.diff(dim=1) >= 0).all() and c.t_low == draws.min()
         in_twenties = lambda x: torch.stack([part.sum() for part in x[1:].double().split(20)])
         found, expected = in_twenties(draws.flatten().bincount(minlength=T + 1)), in_twenties(p) * draws.numel()
         assert ((found - expected).abs() <= 5 * expected.sqrt() + 1e-6).all()
-        low, high = (torch.searchsorted(p.cumsum(0), torch.arange(50).double() / 50 + shift, right=True)
-                     for shift in (1e-12, 0.02 - 1e-12))
+        low, high = (torch.searchsorted(p.cumsum(0), torch.arange(200).double() / 200 + shift, right=True)
+                     for shift in (1e-12, 0.005 - 1e-12))
         assert ((draws >= low) & (draws <= high)).all() == stratified
-    phi, c = RankSchedule().table(136).double(), Curriculum([1], T, 1)
-    draw = lambda seed, stratified: phi[c.sample(32, torch.Generator().manual_seed(seed), stratified)].mean()
-    spread = {s: torch.stack([draw(seed, s) for seed in range(100)]).std() for s in (False, True)}
-    assert spread[True] < 0.1 * spread[False]
 
 
 def test_other_ways_to_sample():
-    """C.3.1: uniform over the groups that are in; over a part of 1..T alone; without groups over all of it. SpeeD: t up
-    to 700 twice as often."""
+    """C.3.1: uniform over the groups that are in; over a part of 1..T alone. SpeeD: t up to 700 twice as often."""
     c = Curriculum([1, 500, 900], T, 10, progressive=False)
     c.stage = 1
     assert torch.allclose(c.probabilities()[500:], torch.full((501,), 1 / 501, dtype=torch.float64))
     c = Curriculum([34], T, 10, base=curriculum.uniform(T, 34, 358))
     t = c.sample(20_000, torch.Generator().manual_seed(0))
     assert c.t_low == t.min() == 34 and t.max() == 358 and not c.advance(9)
-    c = Curriculum([1], T, 100)
-    assert not any(c.advance(step) for step in range(100))
-    assert torch.allclose(c.probabilities()[1:], torch.full((T,), 1 / T, dtype=torch.float64))
     p = curriculum.speed(T)
     assert p[0] == 0 and p[[1, 700, 701, T]].tolist() == pytest.approx([2 / 1700, 2 / 1700, 1 / 1700, 1 / 1700])
     c = Curriculum([1, 500], T, 10, base=p)
@@ -978,8 +941,8 @@ def test_other_ways_to_sample():
 
 
 def test_distributions_of_the_neighbours():
-    """log-normal: what a normal draw of logit(u) makes of u, on the grid u_t = sqrt(1 - alpha_bar_t), of which most noisy
-    samples are the same. clts moves from uniform to a Gaussian at 300. All of them sum to 1 and never draw 0."""
+    """log-normal: what a normal draw of logit(u) makes of u, on the grid u_t = sqrt(1 - alpha_bar_t), of which most
+    noisy samples are the same. clts moves from uniform to a Gaussian at 300. All sum to 1 and never draw 0."""
     for kind in schedule.NOISES:
         noise = schedule.NoiseSchedule(kind)
         u = (1 - noise.alpha_bar).sqrt()
@@ -998,7 +961,7 @@ def test_distributions_of_the_neighbours():
 
 def test_clts_moves_while_a_run_trains():
     """Each step draws from, and weights are normalised by, the mixture of its own step; the others stand still."""
-    config, dataset = Config(**SMALL), data.load("shapes", image_size=8)
+    config, dataset = Config(**SMALL), data.load("shapes", image_size=8, num=100)
     for name, moves in (("clts-stratified", True), ("log-normal", False), ("speed", False)):
         s, state = training_state(config)
         s = replace(s, timesteps=name, steps=10)
@@ -1066,10 +1029,10 @@ def load_files(path, files, **options):
 @pytest.mark.parametrize("n, batch", [(10, 4), (10, 10), (3, 8)])
 def test_every_epoch_is_a_permutation(n, batch):
     """Batches run on across epochs; which images a step sees depends on seed and step alone."""
-    stream = torch.cat([data.batch_indices(n, step, batch, 5, torch.device("cpu")) for step in range(15)])
+    stream = torch.cat([data.batch_indices(n, step, batch, 5, CPU) for step in range(15)])
     for epoch in stream[:len(stream) // n * n].view(-1, n):
         assert sorted(epoch.tolist()) == list(range(n))
-    assert not torch.equal(stream[:n], data.batch_indices(n, 0, n, 6, torch.device("cpu")))
+    assert not torch.equal(stream[:n], data.batch_indices(n, 0, n, 6, CPU))
 
 
 def test_pixels_survive_the_round_trip():
@@ -1110,42 +1073,33 @@ def folder(tmp_path):
     return tmp_path / "set", torch.tensor(np.r_[PIXELS[::2], PIXELS[1::2]]).permute(0, 3, 1, 2), torch.arange(12) // 6
 
 
-def test_folder_zip_and_npz_are_the_same_dataset(folder, tmp_path):
-    """In the same order, also where one class's name begins another's ("-" < "/"). No folders, no classes."""
+def test_folder_zip_and_npz_are_the_same_dataset(folder):
+    """In the same order, also where one class's name begins another's ("-" < "/"). Class folders may be links, as
+    torchvision's ImageFolder takes them; a ZIP may hold a folder around them, names with \\ or after ./, and what a Mac
+    adds. No folders, no classes."""
     path, images, labels = folder
     (path / "b").rename(path / "a-b")
-    with zipfile.ZipFile(tmp_path / "set.zip", "w") as z, zipfile.ZipFile(tmp_path / "wrapped.zip", "w") as w:
-        for file in path.rglob("*.png"):
-            z.write(file, file.relative_to(path))
-            w.write(file, "top" / file.relative_to(path))
-            w.writestr(f"__MACOSX/top/._{file.name}", b"what a Mac adds")
-    np.savez(tmp_path / "set.npz", images=images.permute(0, 2, 3, 1), labels=labels)
-    for source in (path, tmp_path / "set.zip", tmp_path / "wrapped.zip", tmp_path / "set.npz"):
-        dataset = data.load(str(source), tmp_path / "data")
+    os.mkdir("linked")
+    for name in ("a", "a-b"):
+        Path("linked", name).symlink_to(path / name)
+    np.savez("set.npz", images=images.permute(0, 2, 3, 1), labels=labels)
+    for i, form in enumerate(("{}/{}", "top/{}/{}", "./{}/{}", "{}\\{}")):
+        with zipfile.ZipFile(f"{i}.zip", "w") as archive:
+            for file in path.rglob("*.png"):
+                archive.writestr(form.format(file.parent.name, file.name), file.read_bytes())
+                archive.writestr(f"__MACOSX/top/._{file.name}", b"what a Mac adds")
+    (path / "a" / "gone.png").symlink_to("nowhere")
+    for source in (path, "linked", "0.zip", "1.zip", "2.zip", "3.zip", "set.npz"):
+        dataset = data.load(str(source))
         assert torch.equal(dataset.images, images) and torch.equal(dataset.labels, labels), source
-    assert data.load(str(path), tmp_path / "data").classes == ["a", "a-b"]
-    flat = data.load(str(path / "a"), tmp_path / "data")
+        assert dataset.classes == (["0", "1"] if source == "set.npz" else ["a", "a-b"])
+    flat = data.load(str(path / "a"))
     assert torch.equal(flat.images, images[:6]) and flat.classes == [] and not flat.labels.any()
 
 
-def test_links_are_followed_and_names_of_other_systems_understood(folder, tmp_path):
-    """Class folders may be links, as torchvision's ImageFolder takes them; a ZIP may have been written with \\ or with
-    ./ before its names. What cannot be read is not left out in silence, and nothing is read for ever."""
-    path, images, labels = folder
-    linked = tmp_path / "linked"
-    linked.mkdir()
-    for name in "ab":
-        (linked / name).symlink_to(path / name)
-    (path / "b" / "gone.png").symlink_to("nowhere")
-    with zipfile.ZipFile(tmp_path / "dot.zip", "w") as dot, zipfile.ZipFile(tmp_path / "dos.zip", "w") as dos:
-        for file in path.rglob("*.png"):
-            if file.exists():
-                dot.writestr(f"./{file.parent.name}/{file.name}", file.read_bytes())
-                dos.writestr(f"{file.parent.name}\\{file.name}", file.read_bytes())
-    for source in (linked, tmp_path / "dot.zip", tmp_path / "dos.zip"):
-        dataset = data.load(str(source), tmp_path / "data")
-        assert torch.equal(dataset.images, images) and torch.equal(dataset.labels, labels), source
-        assert dataset.classes == ["a", "b"]
+def test_a_folder_is_read_whole_or_refused(folder):
+    """What cannot be read is not left out in silence, and nothing is read for ever."""
+    path, *_ = folder
     (path / "b" / "back").symlink_to(path)
     with pytest.raises(script.InputError, match="back is a link"):
         data.open_source(str(path))
@@ -1279,7 +1233,7 @@ def test_mutated_files_are_read_or_refused(tmp_path, recwarn, capfd):
 # flops.py
 
 CHANGES = [{}, {"conditioning": "shared"}, {"factorise": "attention-mlp", "dense_mlp_blocks": 1},
-           {"image_size": 12, "patch": 4, "channels": 1, "keep": 0.25}]
+           {"image_size": 12, "patch": 4, "channels": 1, "keep": 0.25, "width": 64, "depth": 1}]
 
 
 def training_state(config, t_low=1, **given):
@@ -1325,10 +1279,10 @@ def test_sampling_is_torchs_count(method, changes):
     config = Config(**SMALL | changes, method=method)
     net, (x, t, _), y = awake(config), inputs(config, 1), torch.tensor([0])
     with torch.no_grad(), multiply_adds(counted := []):
-        [*sample.ddim(net, x, 7, y, 1.0)]
-    passes = [flops.one_image(config, t)[0] for t in schedule.sampling_timesteps(7)[:-1]]
-    assert counted == [sum(passes)] == [flops.sampling(config, 7)] and len(passes) == 7
-    assert flops.sampling(config, 7, guidance=2.0) == 2 * sum(passes)
+        [*sample.ddim(net, x, 3, y, 1.0)]
+    passes = [flops.one_image(config, t)[0] for t in schedule.sampling_timesteps(3)[:-1]]
+    assert counted == [sum(passes)] == [flops.sampling(config, 3)] and len(passes) == 3
+    assert flops.sampling(config, 3, guidance=2.0) == 2 * sum(passes)
     with torch.no_grad(), multiply_adds(counted := []):
         net(x, t, y, {r: Channels(r) for r in net.ranks})
     assert counted == [flops.one_image(config, 1)[0]] == [sum(p.size for p in flops.products(config))]
@@ -1337,8 +1291,8 @@ def test_sampling_is_torchs_count(method, changes):
 @pytest.mark.parametrize("method", ["full", "static", "iso-param", "elastic", PEAK])  # PEAK is of iso-compute
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_a_training_step_is_torchs_count(method, changes):
-    """Forward, backward and penalty of train.train_step, over slices that each compute what their neediest sample needs,
-    by its t or the share that it drew; and the teacher's pass of --distil."""
+    """Forward, backward and penalty of train.train_step, over slices that each compute what their neediest sample
+    needs, by its t or the share that it drew; and the teacher's pass of --distil."""
     given = dict(rank_profile=PEAK) if method == PEAK else dict(method=method, rho_min=0.1)
     config, t = Config(**SMALL | changes | given), [350, 600, 601, 800, T]
     s, state = training_state(config, t_low=200)
@@ -1374,16 +1328,6 @@ def test_the_share_that_a_budget_pays_for(changes):
         flops.budget_share(config, cost(1e-9) - 1e-6)
 
 
-@pytest.mark.parametrize("name, method", [("tiny", "static"), ("DiT-B/4", "full"), ("DiT-XL/2", "full")])
-def test_model_sizes_are_torchs_count(name, method):
-    """D.1 and the DiT family, on the meta device: shapes alone."""
-    config = Config(**model.PRESETS[name], method=method)
-    with torch.device("meta"), torch.no_grad(), multiply_adds(counted := []):
-        net, t = DiT(config, initialise=False), torch.zeros(1, dtype=torch.int64)
-        net(torch.zeros(1, 3, 32, 32), t, t, {r: Channels(r) for r in net.ranks})
-    assert counted == [flops.one_image(config, 1)[0]]
-
-
 def test_a_training_run_adds_up_its_stages():
     """2.2: steps of a typical batch in each stage, at t_low = 1 outside of them; slices save what random ones do."""
     config = Config(**SMALL)
@@ -1400,17 +1344,6 @@ def test_a_training_run_adds_up_its_stages():
     g, c = torch.Generator().manual_seed(0), Curriculum([1], T, 1)
     drawn = [flops.train_step(config, c.sample(32, g).tolist(), 6, penalty=False) for _ in range(100)]
     assert flops.training_run(config, 1, 32, penalty=False, slices=6) == pytest.approx(np.mean(drawn), rel=0.02)
-
-
-@pytest.mark.parametrize("steps, groups, share", [(1000, 10, 0.4), (77, 10, 0.4), (500, 5, 0.3), (50, 1, 0.4)])
-def test_the_longest_curriculum_is_the_one_that_no_plateau_shortens(steps, groups, share):
-    """C.3: the stages that curriculum.py goes through when the loss always improves."""
-    c, t_lows = Curriculum(curriculum.cluster_timesteps(NOISE.log_snr, groups), T, steps, share), []
-    for step in range(steps):
-        c.advance(step)
-        t_lows.append(c.t_low)
-    spread = [t_low for n, t_low in flops.longest_curriculum(steps, groups, share) for _ in range(n)]
-    assert spread + [1] * (steps - len(spread)) == t_lows
 
 
 def test_the_report_compares_the_model_with_its_siblings():
@@ -1465,7 +1398,7 @@ def test_guidance_of_two_ranks(shares):
     """out_2 + w (out_1 - out_2), each pass with channels of its own: the second one's never exceed the first one's. A
     pass without weight, or like the other, is left out; at equal ranks both run as one batch."""
     net, x, none = awake(Config(**ELASTIC)), inputs(Config(**ELASTIC), 3)[0], torch.full((3,), 4)
-    first = [share for start, share in shares.ranks or ((1, 1.0),) if start <= 800][-1]
+    first = [share for start, share in shares.ranks if start <= 800][-1]
     second = min(first, shares.guide)
     of = lambda y, share: net(x, torch.full((3,), 800), y, {r: Channels(math.ceil(share * r)) for r in net.ranks})
     for labels, w in itertools.product((torch.tensor([0, 1, 0]), None), (0.0, 1.0, 2.0, -0.5)):
@@ -1479,22 +1412,10 @@ def test_guidance_of_two_ranks(shares):
         assert seen == ([3] if not both else [6] if second == first else [3, 3])
 
 
-def test_an_elastic_model_at_one_share_is_a_smaller_model():
-    """DDIM and DDPM at share s draw what the model without its other channels draws."""
-    net = awake(Config(**ELASTIC))
-    small, (x, _, _), y = copy.deepcopy(net), inputs(net.config, 2), torch.tensor([1, 3])
-    for layer in lowrank.low_rank_layers(small):
-        layer.U.data[math.ceil(0.3 * layer.rank):] = 0
-    for sampler, more in ((sample.ddim, {}), (sample.ddpm, {"noise": lambda: x.flip(0)})):
-        found = list(sampler(net, x, 6, y, 2.0, shares=schedule.Shares(((1, 0.3),)), **more))
-        assert relative(found, list(sampler(small, x, 6, y, 2.0, **more))) < 1e-5
-
-
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_an_image_does_not_depend_on_its_batch(sampler):
+def test_an_image_does_not_depend_on_its_batch():
     """One seed per image: image i starts from the same noise, and in DDPM meets the same noise, in any batch."""
     net = awake(Config(**SMALL), dtype=torch.float32)
-    draw = lambda indices, seed=7: sample.draw_images(net, indices, [2, 0], seed, sampler, 5)
+    draw = lambda indices, seed=7: sample.draw_images(net, indices, [2, 0], seed, "ddpm", 5)
     together, labels = draw(range(6))
     apart = torch.cat([draw(range(0, 1))[0], draw(range(1, 4))[0], draw(range(4, 6))[0]])
     assert (together.int() - apart.int()).abs().max() <= 1 and labels.tolist() == [2, 0, 2, 0, 2, 0]
@@ -1537,31 +1458,28 @@ class Attack:
     lambda file: torch.save({"config": Attack()}, file), lambda file: pickle.dump(Attack(), file, protocol=2),
     lambda file: pickle.dump({"config": np.float64(1), "model": np.arange(3)}, file),
     lambda file: torch.save({"config": np.float64(1), "model": np.arange(3)}, file)], ids=range(4))
-def test_a_checkpoint_of_other_things_is_refused_unopened(write, tmp_path, monkeypatch):
+def test_a_checkpoint_of_other_things_is_refused_unopened(write):
     """Nothing but tensors and plain values is ever unpickled; and torch's or numpy's remarks add no line to ours."""
-    monkeypatch.chdir(tmp_path)
     with open("model.pt", "wb") as file:
         write(file)
-    refuses(sample, "--run", tmp_path, says="model.pt cannot be loaded")
-    assert os.listdir(tmp_path) == ["model.pt"]
+    refuses(sample, "--run", ".", says="model.pt cannot be loaded")
+    assert os.listdir() == ["model.pt"]
 
 
 @pytest.mark.parametrize("arguments, says", [
-    (["--classes", 10], ("'10'", "0 to 9")), (["--classes", "1" * 5000], "is unknown"), (["--classes", "0,unicorn"], "unicorn"), (["--num", 0], "at least 1"),
-    (["--steps", 1001], "at most 1000"), (["--seed", -1], "seed"), (["--seed", 2**64], "seed"), (["--first", -1], "first"),
-    (["--guidance", "two"], "guidance"), (["--guidance", "nan"], "finite"), (["--sampler", "euler"], "ddim"),
-    (["--steps", "1e3"], "invalid int value"), (["--device", "tpu"], "tpu"), (["--dtype", "int8"], "int8"),
-    (["--batch-size", -3], "at least 1"), (["--out", "x.jpg"], "FILE.png"),
-    *((["--budget", budget], "--budget") for budget in (0, 2, "nan", "x")), (["--budget", 0.01], ("smallest", "0.1,")),
-    (["--budget", 0.5, "--ranks", "p.json"], "exclude each other"), (["--ranks", "p.json"], "share 0.07 was not trained"),
-    *((["--ranks", name], ("--ranks" if name in schedule.PROFILES else "JSON")) for name in ("linear", "", "none.json", ".")),
-    (["--guide-share", 0.05], "0.1 to 1"), *((["--guide-share", share], "at most 1") for share in (0, 1.5, "nan")),
-    (["--guide-class", "any"], "any"),
+    (["--classes", 10], ("'10'", "0 to 9")), (["--classes", "1" * 5000], "is unknown"), (["--num", 0], "at least 1"),
+    (["--classes", "0,unicorn"], "unicorn"), (["--steps", 1001], "at most 1000"), (["--seed", -1], "seed"),
+    (["--seed", 2**64], "seed"), (["--first", -1], "first"), (["--guidance", "nan"], "finite"),
+    (["--sampler", "euler"], "ddim"), (["--device", "tpu"], "tpu"), (["--batch-size", -3], "at least 1"),
+    (["--out", "x.jpg"], "FILE.png"), *((["--budget", budget], "--budget") for budget in (0, 2, "nan")),
+    (["--budget", 0.01], ("smallest", "0.1,")), (["--budget", 0.5, "--ranks", "p.json"], "exclude each other"),
+    (["--ranks", "p.json"], "share 0.07 was not trained"), (["--ranks", "linear"], "--ranks"),
+    *((["--ranks", name], "JSON") for name in ("", "none.json", ".")), (["--guide-share", 0.05], "0.1 to 1"),
+    *((["--guide-share", share], "at most 1") for share in (0, 1.5, "nan")),
     (["--guide-class", "same"], "give a --guide-share"),
     (["--budget", 0.5, "--guide-share", 0.9, "--guide-class", "same"], "give a --guide-share")], ids=str)
-def test_sample_script_refuses(elastic_run, arguments, says, tmp_path, monkeypatch):
+def test_sample_script_refuses(elastic_run, arguments, says):
     """In a line, with nothing written: also shares that were not trained."""
-    monkeypatch.chdir(tmp_path)
     Path("p.json").write_text(PROFILE)
     before = sorted(elastic_run.rglob("*"))
     refuses(sample, "--run", elastic_run, *arguments, says=says)
@@ -1571,44 +1489,37 @@ def test_sample_script_refuses(elastic_run, arguments, says, tmp_path, monkeypat
 @pytest.mark.parametrize("arguments, says", [
     ([], ""), (["--budget", 0.5], "share 0.36 of"), (["--budget", 1], "share 1 of"), (["--ranks", "p.json"], ""),
     (["--guide-share", 0.25], ""), (["--guide-share", 0.25, "--guide-class", "same"], ""),
-    (["--ranks", "p.json", "--guide-share", 0.4, "--guide-class", "same"], ""), (["--guide-share", 0.25, "--guidance", 0], ""),
-    (["--budget", 0.5, "--guide-share", 0.9, "--sampler", "ddpm"], ""), (["--guide-share", 0.25, "--guidance", 1], ""),
-    (["--sampler", "heun", "--steps", 4], ""), (["--sampler", "dpm++", "--budget", 0.5], "share 0.36 of"),
-    (["--budget", "least"], "share 0.1")], ids=str)
-def test_sample_script_at_any_share(elastic_run, arguments, says, tmp_path, monkeypatch):
+    (["--ranks", "p.json", "--guide-share", 0.4, "--guide-class", "same"], ""), (["--budget", "least"], "share 0.1"),
+    (["--guide-share", 0.25, "--guidance", 0], ""), (["--guide-share", 0.25, "--guidance", 1], ""),
+    (["--budget", 0.5, "--guide-share", 0.9, "--sampler", "ddpm"], ""), (["--sampler", "heun", "--steps", 4], ""),
+    (["--sampler", "dpm++", "--budget", 0.5], "share 0.36 of")], ids=str)
+def test_sample_script_at_any_share(elastic_run, arguments, says):
     """It prints the multiply-adds that torch counts, and what is saved; the least budget is the one that it names."""
     if "least" in arguments:
         arguments = ["--budget", cli(sample, "--run", elastic_run, "--budget", 0.01)[2].split("takes ")[1].split()[0]]
-    monkeypatch.chdir(tmp_path)
     Path("p.json").write_text(PROFILE.replace("0.07", "0.1"))
     with multiply_adds(counted := []):
-        out = done(sample, "--run", elastic_run, "--num", 1, "--steps", 3, *arguments, "--out", "x.png").splitlines()[-1]
+        out = done(sample, "--run", elastic_run, "--num", 1, "--steps", 3, *arguments, "--out", "x.png")
     assert f"{flops.amount(*counted)} multiply-adds an image" in out and says in out
     full = flops.sampling(sample.load_model(elastic_run, CPU)[0].config, 3, 1.0 if "--guidance" in arguments else 2.0)
     assert (f", {1 - counted[0] / full:.1%} less than" in out) == (counted[0] < full)
 
 
-def test_a_grid_that_is_asked_otherwise_has_another_name(elastic_run, tmp_path):
-    shutil.copytree(elastic_run, tmp_path / "r")
-    for arguments in (["--first", 4], ["--guidance", 1.5, "--budget", 0.5], ["--guide-share", 0.25],
-                      ["--guide-share", 0.25, "--guide-class", "same"], ["--classes", "3,star", "--no-clip"]):
-        done(sample, "--run", tmp_path / "r", "--num", 1, "--steps", 2, *arguments)
-    made = {path.name for path in (tmp_path / "r" / "samples").glob("ddim2*")}
-    assert made == {f"ddim2_seed0_num-1{more}.png" for more in (
-        "_first-4", "_guidance-1.5_budget-0.5", "_guide_share-0.25", "_guide_share-0.25_guide_class-same",
-        "_classes-3,star_clip-False")}
-    refuses(sample, "--run", tmp_path / "r", "--classes", ",".join("3" * 200), says=("too long", "--out"))
+def test_a_grid_that_is_asked_otherwise_has_another_name(elastic_run):
+    """And its columns are those of the classes from its first image on."""
+    shutil.copytree(elastic_run, "r")
+    for arguments, name, columns in (
+            (["--first", 4, "--classes", "3,star,0"], "first-4_classes-3,star,0", "star, circle, triangle"),
+            (["--classes", "3,star", "--no-clip"], "classes-3,star_clip-False", "triangle, star"),
+            (["--guidance", 1.5, "--budget", 0.5], "guidance-1.5_budget-0.5", ", ".join(data.SHAPES)),
+            (["--guide-share", 0.25], "guide_share-0.25", "circle"),
+            (["--guide-share", 0.25, "--guide-class", "same"], "guide_share-0.25_guide_class-same", "circle")):
+        assert f"columns: {columns}" in done(sample, "--run", "r", "--num", 1, "--steps", 2, *arguments)
+        assert Path(f"r/samples/ddim2_seed0_num-1_{name}.png").exists()
+    refuses(sample, "--run", "r", "--classes", ",".join("3" * 200), says=("too long", "--out"))
 
 
-def test_the_columns_of_a_grid_are_named_from_its_first_image_on(elastic_run, tmp_path):
-    flags = ["--run", elastic_run, "--steps", 1, "--num", 6, "--classes", "3,star,0", "--out", tmp_path / "x.png"]
-    names = list(data.SHAPES)
-    for first, columns in ((0, (3, 7, 0)), (4, (7, 0, 3))):
-        assert f"columns: {', '.join(names[c] for c in columns)}\n" in done(sample, *flags, "--first", first)
-
-
-def test_sample_script_refuses_files_that_are_no_runs_and_shares_of_other_methods(run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_sample_script_refuses_files_that_are_no_runs_and_shares_of_other_methods(run):
     refuses(sample, says="no run under runs/")
     refuses(sample, "--run", "nowhere", says=("model.pt does not exist", "train.py"))
     os.mkdir("r")
@@ -1693,12 +1604,13 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 
 @pytest.mark.parametrize("predict, given, distil", [
     *((predict, {}, 0.0) for predict in PREDICTIONS), ("v", dict(rank_profile=PEAK), 0.0), ("eps", ELASTIC, 0.0),
-    ("v", ELASTIC, 0.7)], ids=str)
+    ("v", ELASTIC, 0.7), ("v", dict(conditioning="shared", rank_profile="linear", rho_min=0.1, warm_start=0.0), 0.0),
+    ("eps", dict(factorise="attention-mlp", keep=0.9), 0.0)], ids=str)
 def test_a_step_of_one_or_more_slices(predict, given, distil):
-    """--slices N: the gradient of the mean of w(t) |error|^2 over the batch, and of the penalty over the channels that the
-    stage uses from t_low up, whatever batch and slices need; it returns the unweighted losses. All other channels get a
-    gradient of exactly zero: with momentum from a rounding, AdamW would move them. --distil W adds W |difference|^2 to
-    what the model itself says with all its channels, which is given: no gradient goes there."""
+    """Eq. (4), --slices N: the gradient of the mean of w(t) |error|^2 over the batch, and of the penalty over the
+    channels that the stage uses from t_low up, whatever the batch needs; it returns the unweighted losses. All other
+    channels get a gradient of exactly zero: with momentum from a rounding, AdamW would move them. --distil W adds W
+    |difference|^2 to what the model itself says with all its channels, which is given: no gradient goes there."""
     config = Config(**SMALL | given, predict=predict)
     s, state = training_state(config, 300, weighting="p2", orthogonality=0.1, distil=distil)
     before, share = copy.deepcopy(state.model), schedule.elastic_shares(7, 0.1) if config.method == "elastic" else None
@@ -1731,11 +1643,11 @@ def test_a_step_of_one_or_more_slices(predict, given, distil):
 
 @pytest.mark.parametrize("given", [{}, dict(rank_profile=PEAK), ELASTIC], ids=str)
 def test_a_batch_comes_by_falling_rank(given):
-    """Its timesteps are those that the curriculum draws: ascending for the paper's Phi, by falling Phi(t) for any other.
-    Of an elastic model's shares they are independent: whatever the rank of a sample, its t is spread as all t are."""
-    config, dataset, draws = Config(**SMALL | given), data.load("shapes", image_size=8), []
+    """Its timesteps are those that the curriculum draws: ascending for the paper's Phi, by falling Phi(t) for any
+    other, and in an order drawn by chance beside the falling shares of an elastic model."""
+    config, dataset = Config(**SMALL | given), data.load("shapes", image_size=8, num=100)
     s, state = training_state(config, t_low=100)
-    for state.step in range(200 if given is ELASTIC else 9):
+    for state.step in range(9):
         g = torch.Generator().set_state(state.host_rng.get_state())
         expected = state.curriculum.sample(64, g)
         batch = train.draw_batch(dataset, state, s)
@@ -1744,12 +1656,9 @@ def test_a_batch_comes_by_falling_rank(given):
         if given is ELASTIC:
             assert torch.equal(t, expected[torch.randperm(64, generator=g)]) and torch.equal(part.share, share[1::2])
             assert torch.equal(share, schedule.elastic_shares(64, 0.1, g)) and (share.diff() <= 0).all()
-            draws.append(t.double())
         else:
             phi = config.rank_schedule().active(t, max(state.model.ranks))
             assert share is part.share is None and (phi.diff() <= 0).all() and (given or torch.equal(t, expected))
-    # the mean of 200 timesteps, which are uniform from 100 on, has a spread of 18
-    assert not draws or (torch.stack(draws).mean(0) - 550).abs().max() < 95
 
 
 @pytest.mark.parametrize("predict", PREDICTIONS)
@@ -1786,17 +1695,14 @@ def test_losses_and_multiply_adds_of_the_log(predict, tmp_path, monkeypatch):
     assert log[-1]["flops"] == sum(flops.train_step(config, t.tolist(), 2, t_low) for t, _, t_low in steps)
 
 
-def same_state(a, b):
-    def leaves(state, prefix=""):
-        if not isinstance(state, (dict, list, tuple)):
-            return {prefix: state}
-        items = state.items() if isinstance(state, dict) else enumerate(state)
-        return {k: v for key, value in items for k, v in leaves(value, f"{prefix}/{key}").items()}
-
-    a, b = leaves(saved(a)), leaves(saved(b))
-    assert a.keys() == b.keys()
-    for key in a:
-        assert torch.equal(a[key], b[key]) if isinstance(a[key], torch.Tensor) else a[key] == b[key], key
+def assert_same(a, b, place="state.pt"):
+    """Nested dicts and lists of tensors and plain values, to the last bit."""
+    if isinstance(a, (dict, list, tuple)):
+        assert len(a) == len(b), place
+        for key in a if isinstance(a, dict) else range(len(a)):
+            assert_same(a[key], b[key], f"{place}/{key}")
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, place
 
 
 @pytest.fixture(scope="module")
@@ -1862,23 +1768,21 @@ def test_the_log(thirty_steps):
     assert [int(moments["step"]) for moments in state["optimizer"]["state"].values()] == [30 - 12] * len(state["model"])
 
 
-def images_of_nothing(path):
-    """Twelve images of 8 x 8 pixels, without labels, as an array file."""
-    np.savez(path, images=np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8))
-    return ["--dataset", path, "--data-dir", path.parent / "data", "--model", "tiny"]
+def images_of_nothing():
+    """Flags that name twelve images of 8 x 8 pixels without labels."""
+    np.savez("x.npz", images=PIXELS)
+    return ["--dataset", "x.npz", "--model", "tiny"]
 
 
-def test_images_without_classes(tmp_path):
-    """They train with the label "no class", and guidance has nothing to guide with. When the run goes on, --image-size
-    as the images have it is no other setting."""
-    folder, training = tmp_path / "r", [*images_of_nothing(tmp_path / "x.npz"), "--batch-size", 4, "--steps", 2]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(model.PRESETS, "tiny", ONE_BLOCK)
-        done(train, *training, "--sample-every", 0, "--device", "cpu", "--out", folder)
+def test_images_without_classes(monkeypatch):
+    """They train with the label "no class"; guidance has nothing to guide with; their size may be given again."""
+    folder, more = Path("r"), ["--batch-size", 4, "--steps", 2, "--sample-every", 0, "--device", "cpu"]
+    monkeypatch.setitem(model.PRESETS, "tiny", ONE_BLOCK)
+    done(train, *images_of_nothing(), *more, "--out", folder)
     config, s = train.read_config(folder)
     assert config.num_classes == 0 and s.image_size is None
-    out = done(sample, "--run", folder, "--num", 2, "--steps", 2, "--guidance", 3, "--out", tmp_path / "x.png")
-    assert "note: --guidance has no effect" in out and "guidance 3" not in out and (tmp_path / "x.png").exists()
+    out = done(sample, "--run", folder, "--num", 2, "--steps", 2, "--guidance", 3, "--out", "x.png")
+    assert "note: --guidance has no effect" in out and "guidance 3" not in out and Path("x.png").exists()
     refuses(sample, "--run", folder, "--classes", "0", says="without classes")
     refuses(train, "--resume", "--out", folder, "--image-size", 16, says="leave --image-size out")
     assert "after step 2" in done(train, "--resume", "--out", folder, "--steps", 3, "--image-size", 8)
@@ -1899,11 +1803,10 @@ def test_images_without_classes(tmp_path):
     ("--rank-profile p.json --rho-min 0.3 --warm-start 0 --rank-multiple 2", "rho-min warm-start"),
     ("--keep 0.3 --rho-min 0.9 --dense-mlp-blocks 1 --orthogonality 1 --rank-profile linear --warm-start 0 --slices 2 "
      "--rank-multiple 2 --factorise all --curriculum-alpha 0.5 --no-restart --label-dropout 0.5 --guidance 1", "")])
-def test_flags_without_effect_are_named(arguments, without_effect, tmp_path, monkeypatch):
+def test_flags_without_effect_are_named(arguments, without_effect):
     """One note each (QUICK gives --curriculum-share); flags that do something cost no words. Every method trains."""
-    monkeypatch.chdir(tmp_path)
     Path("p.json").write_text(PROFILE)
-    images_of_nothing(tmp_path / "x.npz")
+    images_of_nothing()
     out = quick_training("--model", "tiny", "--steps", 1, *arguments.split(), "--out", "r")
     notes = [line for line in out.splitlines() if line.startswith("note:")]
     assert all("has no effect: " in line for line in notes)
@@ -1927,31 +1830,36 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path, monkeypat
         assert all(torch.isfinite(p).all() for p in saved(tmp_path / "s")["model"].values())
 
 
-@pytest.mark.parametrize("arguments, says", [
+TRAIN_REFUSES = [
     (["--dataset", "imagenet"], ("imagenet", "shapes, cifar10, celeba")), (["--image-size", 9], "not divisible"),
-    (["--image-size", 2**62], ("--image-size", "at most")),
-    (["--batch-size", 2**62], ("--batch-size", "at most")),
+    (["--image-size", 2**62], ("--image-size", "at most")), (["--batch-size", 2**62], ("--batch-size", "at most")),
     (["--steps", 0], "at least 1"), (["--batch-size", -1], "at least 1"), (["--seed", -5], "--seed"),
     (["--lr", "inf"], "--lr"), (["--keep", 0], "--keep"), (["--keep", 1.1], "--keep"), (["--rho-min", 2], "--rho-min"),
-    (["--warm-start", -1], "--warm-start"), (["--model", "DiT-H/2"], "DiT-H/2"), (["--method", "lora"], "lora"),
+    (["--warm-start", -1], "--warm-start"), (["--model", "DiT-H/2"], "DiT-H/2"), (["--slices", 0], "--slices"),
     (["--num-classes", 3], "10 classes"), (["--num-classes", 2**63 - 1], "--num-classes"), (["--device", "tpu"], "tpu"),
-    (["--device", "cuda"], "not available"),
     (["--curriculum-groups", 100], ("--curriculum-groups 100", "at most 50")), (["--curriculum-share", 0], "above 0"),
     (["--curriculum-share", 2], "--curriculum-share"), (["--dense-mlp-blocks", -1], "at least 0"),
-    (["--dataset", ""], "no dataset"), (["--label-dropout", 7], "--label-dropout"), (["--frobnicate"], "frobnicate"),
-    (["--steps", "1e3"], "invalid int value"), (["--guidance", "inf"], "--guidance"), (["--slices", 0], "--slices"),
-    (["--predict", "x_0"], ("--predict", "x0")), (["--rank-execution", "mask"], "--rank-execution")], ids=str)
-def test_train_script_refuses(arguments, says, tmp_path, monkeypatch):
+    (["--dataset", ""], "no dataset"), (["--label-dropout", 7], "--label-dropout"), (["--guidance", "inf"], "finite"),
+    (["--device", "cuda"], "not available"), (["--rank-execution", "mask"], "--rank-execution")]
+
+
+@pytest.mark.parametrize("module, arguments, says", [
+    *((train, ["--out", "r", *arguments], says) for arguments, says in TRAIN_REFUSES),
+    *((fid, ["shapes", "shapes", name, "1" + "0" * 30], (name, "at most"))
+      for name in ("--num", "--image-size", "--batch-size")),
+    *((flops, arguments, ("flops.py: ", says)) for arguments, says in (
+        (["--keep", 1.5], "--keep"), (["--model", "DiT-S/8", "--image-size", 20], "divisible"),
+        (["--run", "x"], "--run"), (["--sampling-steps", 2000], "1 to 1000"),
+        (["--curriculum-groups", 100], "at most 50"), (["--steps", 0], "steps")))])
+def test_scripts_refuse(module, arguments, says):
     """One line, exit status 2, and nothing written."""
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    monkeypatch.chdir(tmp_path)
-    refuses(train, "--out", "r", *arguments, says=says)
-    assert os.listdir(tmp_path) == []
+    refuses(module, *arguments, says=says)
+    assert os.listdir() == []
 
 
-def test_train_script_refuses_images_and_batches_that_it_cannot_use(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_train_script_refuses_images_and_batches_that_it_cannot_use(monkeypatch):
     np.savez("wide.npz", images=np.zeros((4, 8, 10, 3), np.uint8))
     os.mkdir("empty")
     refuses(train, "--dataset", "empty", "--out", "r", says="empty")
@@ -1961,19 +1869,6 @@ def test_train_script_refuses_images_and_batches_that_it_cannot_use(tmp_path, mo
     monkeypatch.setattr(train, "Processes", lambda device: two)
     refuses(train, *QUICK, "--batch-size", 7, "--out", "r", says=("--batch-size 7", "multiple", "2"))
     assert sorted(os.listdir()) == ["empty", "wide.npz"]
-
-
-@pytest.mark.parametrize("module, arguments, says", [
-    *((fid, ["shapes", "shapes", name, "1" + "0" * 30], (name, "at most"))
-      for name in ("--num", "--image-size", "--batch-size")),
-    *((flops, arguments, ("flops.py: ", says)) for arguments, says in (
-        (["--keep", 1.5], "--keep"), (["--model", "DiT-S/8", "--image-size", 20], "divisible"),
-        (["--run", "x"], "--run"), (["--sampling-steps", 2000], "1 to 1000"), (["--curriculum-groups", 100], "at most 50"),
-        (["--steps", 0], "steps")))], ids=str)
-def test_other_scripts_refuse(module, arguments, says, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    refuses(module, *arguments, says=says)
-    assert os.listdir() == []
 
 
 def test_train_script_begins_afresh_where_nothing_was_saved(tmp_path):
@@ -1991,13 +1886,13 @@ def test_train_script_begins_afresh_where_nothing_was_saved(tmp_path):
 def test_train_script_leaves_files_of_others_alone(name, tmp_path):
     """In a folder that is no run: they are not overwritten. In one that is: they are not taken for its leftovers."""
     (tmp_path / name).write_text('{"mine": 1}')
-    refuses(train, "--out", tmp_path, says="not of a run")
+    refuses(train, "--out", tmp_path, says="is not a run's settings")
     assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_text() == '{"mine": 1}'
     (tmp_path / name).unlink()
     for leftover in (".mine.tmp", f".{name}.123.tmp"):
         (tmp_path / leftover).touch()
     quick_training("--steps", 1, "--out", tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [".lock", ".mine.tmp", "config.json", "metrics.jsonl", "model.pt", "state.pt"]
+    assert sorted(os.listdir(tmp_path)) == [".lock", ".mine.tmp", *train.RUN_FILES, "model.pt", "state.pt"]
 
 
 def test_train_script_keeps_a_run_that_is_there(run):
@@ -2013,21 +1908,22 @@ def test_train_script_keeps_a_run_that_is_there(run):
 
 NO_PROFILES = ["{", "[]", "3", '{"t": [1]}', '{"t": [1, 9], "share": [1]}', '{"t": [], "share": []}', "[" * 100_000] + [
     f'{{"t": {t}, "share": {share}}}' for t, share in [
-        *(("[1]", f"[{share}]") for share in (0, 1.1, -0.5, "NaN", "1e999", 10**50, '"1"', "true", "null", "[1]", "[[1]]")),
+        *(("[1]", f"[{x}]") for x in (0, 1.1, -0.5, "NaN", "1e999", 10**50, '"1"', "true", "null", "[1]", "[[1]]")),
         *((f"[1, {t}]", "[1, 0.5]") for t in (1, 0, 1001, 10**30, 34.5, "NaN", '"34"', "null", "[34]")),
         ("[2]", "[1]"), ("[1, 9, 8]", "[1, 1, 1]"), ('"12"', "[1, 1]"), ("1", "1"), ("[[1]]", "[1]")]]
 
 
-def test_a_rank_profile_from_a_file(tmp_path, monkeypatch):
-    """Kept in config.json and model.pt, logged by stage; a run goes on with the same one alone. What is none is refused in
-    a line, before anything is written."""
-    monkeypatch.chdir(tmp_path)
-    Path("p.json").write_text(PROFILE), Path("other.json").write_text('{"t": [1], "share": [0.5]}'), os.mkdir("d")
+def test_a_rank_profile_from_a_file():
+    """Kept in config.json and model.pt, logged by stage; a run goes on with the same one alone. What is none is refused
+    in a line, before anything is written."""
+    os.mkdir("d")
+    Path("p.json").write_text(PROFILE)
+    Path("other.json").write_text('{"t": [1], "share": [0.5]}')
     quick_training("--rank-profile", "p.json", "--curriculum-groups", 3, "--steps", 12, "--log-every", 1, "--out", "r")
     config, *_ = train.read_config(Path("r"))
     assert config.rank_profile == PEAK and {config: 1}[sample.load_model(Path("r"), CPU)[0].config]
-    phi, log = config.rank_schedule().table(max(layer.rank or 0 for layer in model.linear_layers(config))), log_of(Path("r"))
-    assert [line["active_rank"] for line in log] == [int(phi[line["t_low"]:].max()) for line in log]
+    phi = config.rank_schedule().table(max(layer.rank or 0 for layer in model.linear_layers(config)))
+    assert all(line["active_rank"] == int(phi[line["t_low"]:].max()) for line in log_of(Path("r")))
     resume = ["--resume", "--out", "r", "--steps", 13, "--rank-profile"]
     refuses(train, *resume, "other.json", says=("--rank-profile ((1, 0.5),) (the run has ((1, 0.3), (400", "new run"))
     refuses(train, *resume, "linear", says="--rank-profile linear")
@@ -2048,7 +1944,7 @@ def test_what_a_kill_leaves_is_made_good(run, tmp_path):
     assert saved(tmp_path / "r", "model.pt")["step"] == 6
     done(train, "--resume", "--sample-every", 5, "--out", tmp_path / "r")
     assert (tmp_path / "r" / "samples" / "final.png").exists()
-    same_state(run, tmp_path / "r")
+    assert_same(saved(run), saved(tmp_path / "r"))
     config, state = json.loads((run / "config.json").read_text()), saved(run)
     del config["train"]["distil"], state["settings"]["distil"]  # an older version did not have this flag
     (tmp_path / "r" / "config.json").write_text(json.dumps(config)), torch.save(state, tmp_path / "r" / "state.pt")
@@ -2059,14 +1955,11 @@ def test_resume_refuses_what_does_not_belong_together(run, tmp_path):
     """Other data, another run's state, half a state; and a config.json with anything where a word or number belongs."""
     folder = tmp_path / "r"
     shutil.copytree(run, folder)
-    refuses(train, "--resume", "--out", folder, *images_of_nothing(tmp_path / "x.npz")[:4], says=("--dataset 12 images", "the run has 20000 images"))
+    refuses(train, "--resume", "--out", folder, *images_of_nothing(), says=("--dataset 12 images", "has 20000 images"))
     config = json.loads((run / "config.json").read_text())
     for part, name, value, says in (
-            ("train", "lr", "fast", "--lr"), ("train", "lr", 10**30, "--lr"), ("train", "steps", 10**30, "--steps"),
-            ("train", "flip", 1, "--flip"), ("train", "dataset", ["x"], "--dataset"), ("train", "model", {}, "--model"),
-            ("train", "seed", None, "--seed"), ("train", "batch_size", 0, "--batch-size"), ("train", "bell", 1, "bell"),
-            ("train", "dtype", "int", "--dtype"), ("train", "curriculum_groups", None, "config.json"),
-            ("train", "curriculum_groups", 3, "state.pt"),
+            ("train", "lr", "fast", "--lr"), ("train", "bell", 1, "bell"), ("train", "dtype", "int", "--dtype"),
+            ("train", "curriculum_groups", None, "config.json"), ("train", "curriculum_groups", 3, "state.pt"),
             ("model", "method", ["full"], "--method"), ("model", "width", 10**30, "--width")):
         (folder / "config.json").write_text(json.dumps(config | {part: config[part] | {name: value}}))
         refuses(train, "--resume", "--out", folder, says=says)
@@ -2125,35 +2018,31 @@ def test_an_optimiser_state_from_another_device_fits_a_fused_optimiser(run):
 # Latents
 
 
-class Decoder(torch.nn.Module):
-    """Of latents (N, 4, h, w): images of twice the side, float beyond [-1, 1] or uint8, or of one channel."""
+DECODERS = {  # of latents (N, 4, h, w): images of twice the side, float beyond [-1, 1] or uint8, or of one channel
+    "float": lambda z: z[:, :3].repeat_interleave(2, 2).repeat_interleave(2, 3) - 2,
+    "bytes": lambda z: ((DECODERS["float"](z) + 1) * 100).clamp(0, 255).to(torch.uint8),
+    "grey": lambda z: z[:, :1]}
 
-    def __init__(self, kind: str = "float"):
-        super().__init__()
-        self.kind = kind
 
-    def forward(self, z):
-        if self.kind == "grey":
-            return z[:, :1]
-        images = z[:, :3].repeat_interleave(2, 2).repeat_interleave(2, 3) - 2.0
-        return images if self.kind == "float" else ((images + 1) * 100).clamp(0, 255).to(torch.uint8)
+def save_torchscript(folder, functions, example):
+    with warnings.catch_warnings(action="ignore"):  # newer torch calls TorchScript old
+        for name, function in functions.items():
+            torch.jit.save(torch.jit.trace(function, example, check_trace=False), str(folder / f"{name}.pt"))
 
 
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory):
-    """A folder with latents.npz (60, 4, 8, 8), of three classes and other means and deviations in each channel, a run of
-    six steps on them, and decoders."""
-    folder = tmp_path_factory.mktemp("latents")
-    g = torch.Generator().manual_seed(0)
-    z = torch.randn(60, 4, 8, 8, generator=g) * torch.tensor([1, 2, 0.5, 10])[:, None, None] + torch.arange(4)[:, None, None]
+    """A folder with latents.npz (60, 4, 8, 8), of three classes and other means and deviations in each channel, a run
+    of six steps on them, and decoders."""
+    folder, g = tmp_path_factory.mktemp("latents"), torch.Generator().manual_seed(0)
+    deviation, mean = torch.tensor([1, 2, 0.5, 10]).view(4, 1, 1), torch.arange(4).view(4, 1, 1)
+    z = torch.randn(60, 4, 8, 8, generator=g) * deviation + mean
     np.savez(folder / "latents.npz", latents=z.half().numpy(), labels=np.arange(60) % 3)
-    with warnings.catch_warnings(action="ignore"):  # newer torch calls TorchScript old
-        for kind in ("float", "bytes", "grey"):
-            torch.jit.script(Decoder(kind)).save(folder / f"{kind}.pt")
+    save_torchscript(folder, DECODERS, z)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(model.PRESETS, "tiny", ONE_BLOCK | dict(predict="eps"))
-        done(train, "--dataset", folder / "latents.npz", "--model", "tiny", "--steps", 6, "--batch-size", 4, "--lr", 0.01,
-             "--ema-decay", 0, "--out", folder / "run", "--data-dir", folder, "--device", "cpu")
+        done(train, "--dataset", folder / "latents.npz", "--model", "tiny", "--steps", 6, "--batch-size", 4, "--lr",
+             0.01, "--ema-decay", 0, "--out", folder / "run", "--data-dir", folder, "--device", "cpu")
     return folder
 
 
@@ -2177,18 +2066,18 @@ def test_latents_are_normalised_and_never_flipped_or_clipped(latents):
     assert not (latents / "run" / "samples").exists()  # a grid of latents would be no picture
 
 
-def test_latents_are_sampled_and_decoded(latents, tmp_path, monkeypatch):
-    """To a .npz as they came, whatever the batch; with a decoder to pictures; a resumed run has the same normalisation."""
-    monkeypatch.chdir(tmp_path)
+def test_latents_are_sampled_and_decoded(latents):
+    """To a .npz as they came, whatever the batch; with a decoder to pictures; a resumed run normalises as before."""
     flags = ["--run", latents / "run", "--num", 5, "--steps", 2]
-    done(sample, *flags, "--out", "all.npz"), done(sample, *flags, "--out", "one.npz", "--batch-size", 1)
+    done(sample, *flags, "--out", "all.npz")
+    done(sample, *flags, "--out", "one.npz", "--batch-size", 1)
     with np.load("all.npz") as file, np.load("one.npz") as other:
         z, labels = file["latents"], file["labels"]
         assert z.dtype == np.float32 and z.shape == (5, 4, 8, 8) and labels.tolist() == [0, 1, 2, 0, 1]
         assert np.abs(z - other["latents"]).max() < 1e-4 * np.abs(z).max()
     for kind in ("float", "bytes"):
         done(sample, *flags, "--out", f"{kind}.npz", "--decoder", latents / f"{kind}.pt")
-        images = Decoder(kind)(torch.from_numpy(z))
+        images = DECODERS[kind](torch.from_numpy(z))
         images = images if kind == "bytes" else data.from_unit(images)
         with np.load(f"{kind}.npz") as file:
             assert np.array_equal(file["arr_0"], images.permute(0, 2, 3, 1))
@@ -2200,22 +2089,19 @@ def test_latents_are_sampled_and_decoded(latents, tmp_path, monkeypatch):
     assert torch.equal(data.load("foreign.npz").images, torch.from_numpy(z))
 
 
-def test_latents_that_do_not_fit_are_refused(latents, run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_latents_that_do_not_fit_are_refused(latents, run):
     good = np.load(latents / "latents.npz")["latents"]
-    bad = {"NaN": np.where(good > 3, np.nan, good), "NaN ": good * np.inf, "float64": good.astype(float), "(60,": good[:, 0],
-           "(0,": good[:0], "labels": good}
-    for says, z in bad.items():
-        np.savez("x.npz", latents=z, labels=np.arange(9))
-        refuses(train, "--dataset", "x.npz", "--model", "tiny", says=says.strip())
-    np.savez("x.npz", latents=np.where(np.arange(4)[:, None, None] == 2, np.float16(7), good))
-    refuses(train, "--dataset", "x.npz", "--model", "tiny", says="constant")
+    constant = np.where(np.arange(4)[:, None, None] == 2, np.float16(7), good)
+    for says, z in (("NaN", np.where(good > 3, np.nan, good)), ("NaN", good * np.inf), ("float64", good.astype(float)),
+                    ("(60,", good[:, 0]), ("(0,", good[:0]), ("labels", good), ("constant", constant)):
+        np.savez("x.npz", latents=z, labels=np.arange(9 if says == "labels" else len(z)))
+        refuses(train, "--dataset", "x.npz", "--model", "tiny", says=says)
     np.savez("three.npz", latents=good[:, :3], labels=np.arange(60) % 3)
-    refuses(train, "--resume", "--out", latents / "run", "--dataset", "three.npz", says="3 channels")
-    refuses(train, "--resume", "--out", latents / "run", "--noise", "linear", says="--noise linear (the run has cosine)")
-    flags = ["--run", latents / "run", "--num", 2, "--steps", 1]
+    resume, flags = ["--resume", "--out", latents / "run"], ["--run", latents / "run", "--num", 2, "--steps", 1]
+    refuses(train, *resume, "--dataset", "three.npz", says="3 channels")
+    refuses(train, *resume, "--noise", "linear", says="--noise linear (the run has cosine)")
     refuses(sample, *flags, "--out", "x.png", says="--decoder")
-    for decoder, says in (("grey.pt", "it gives (2, 1, 8, 8)"), ("latents.npz", "no TorchScript"), ("none.pt", "no TorchScript")):
+    for decoder, says in (("grey.pt", "it gives (2, 1, 8, 8)"), ("latents.npz", "no Torch"), ("none.pt", "no Torch")):
         refuses(sample, *flags, "--decoder", latents / decoder, says=says)
     refuses(sample, "--run", run, "--decoder", latents / "float.pt", says="draws images")
     refuses(fid, latents / "latents.npz", "shapes", "--features", latents / "float.pt", says="uint8")
@@ -2260,9 +2146,9 @@ def test_frechet_distance_of_a_point():
     with pytest.raises(script.InputError, match="same features"):
         fid.frechet_distance(np.zeros(3), eye, np.zeros(4), np.eye(4))
     for bad in (math.nan, math.inf, 1e80):  # max(0, nan) would be a perfect score
-        for i, broken in ((0, np.full(3, bad)), (1, np.full((3, 3), bad)), (2, np.full(3, bad)), (3, np.full((3, 3), bad))):
+        for i in range(4):
             sides = [np.zeros(3), eye, np.zeros(3), eye]
-            sides[i] = broken
+            sides[i] = np.full_like(sides[i], bad)
             with pytest.raises(script.InputError, match="NaN"):
                 fid.frechet_distance(*sides)
 
@@ -2325,7 +2211,6 @@ def test_inception_score():
     p = torch.from_numpy(formula((95, 8), 0.3819660112, 0.7548776662)).mul(3).softmax(1)
     expected = [(q * (q / q.mean(0)).log()).sum(1).mean().exp().item() for q in p.tensor_split(10)]
     assert fid.inception_score(p.log()) == pytest.approx(np.mean(expected))
-    assert fid.inception_score(torch.eye(8).repeat(20, 1) * 200) == pytest.approx(8)  # certain and balanced
     assert fid.inception_score(torch.zeros(4, 8)) == pytest.approx(1)  # fewer images than tenths
 
 
@@ -2416,10 +2301,7 @@ def work(tmp_path_factory):
     (folder / "empty").mkdir()
     networks = dict(pixels=pixels, nan=lambda x: pixels(x) / 0, row=lambda x: pixels(x)[:1],
                     square=lambda x: pixels(x) @ pixels(x).T, fails=lambda x: pixels(x) @ pixels(x))
-    with warnings.catch_warnings(action="ignore"):  # newer torch calls TorchScript old
-        for name, network in networks.items():
-            traced = torch.jit.trace(network, torch.zeros(6, 3, 8, 8, dtype=torch.uint8), check_trace=False)
-            torch.jit.save(traced, str(folder / f"{name}.pt"))
+    save_torchscript(folder, networks, torch.zeros(6, 3, 8, 8, dtype=torch.uint8))
     return folder
 
 
@@ -2449,7 +2331,6 @@ def test_fid_end_to_end(work):
 
 def test_fid_of_inception(inception, tmp_path, monkeypatch):
     """The published weights (here the fixture's, under their hash) give FID and the Inception Score."""
-    monkeypatch.chdir(tmp_path)
     weights = tmp_path / "checkpoints" / Path(fid.INCEPTION_URL).name
     weights.parent.mkdir()
     torch.save(inception[0].state_dict(), weights)
@@ -2603,12 +2484,6 @@ def begun(request, tmp_path_factory):
 
 
 @pytest.fixture
-def processes(begun):
-    """The folder in which the processes run."""
-    return begun[0]
-
-
-@pytest.fixture
 def finished(begun, process):
     """Exit status and output of the process that a test names, once it has ended."""
     return begun[1][process].result()
@@ -2621,12 +2496,12 @@ def test_output_that_is_closed_or_knows_few_letters(finished):
 
 
 @pytest.mark.parametrize("process", ["compiled"])
-def test_compiled_runs_take_the_same_steps_with_few_graphs(finished, processes, tmp_path):
+def test_compiled_runs_take_the_same_steps_with_few_graphs(finished, begun, tmp_path):
     """--compile, here with a backend that runs what was traced: the same losses in all stages and slices, and
     after the first few graphs, widths that were never seen need no new ones."""
     assert finished.returncode == 0, finished.stderr
     quick_training(*IN_3_STAGES, "--out", tmp_path / "plain")
-    plain, compiled = log_of(tmp_path / "plain")[-1], log_of(processes / "compiled")[-1]
+    plain, compiled = log_of(tmp_path / "plain")[-1], log_of(begun[0] / "compiled")[-1]
     graphs = json.loads(finished.stdout.splitlines()[-1])  # after each step
     assert plain["stage"] == compiled["stage"] == 2 and len(graphs) == 20
     assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-3)
@@ -2635,10 +2510,10 @@ def test_compiled_runs_take_the_same_steps_with_few_graphs(finished, processes, 
 
 @pytest.mark.parametrize("process, more", [
     ("killed at 7", []), ("killed at 17", []), ("killed at 17, elastic", DISTIL)])
-def test_a_killed_run_resumes_bit_identically(finished, process, more, processes, thirty_steps, tmp_path):
+def test_a_killed_run_resumes_bit_identically(finished, process, more, begun, thirty_steps, tmp_path):
     """30 steps straight; and a kill before the first save at step 13, or after it, between log lines. Weights, EMA,
     optimiser, generators, curriculum and log agree to the last bit. --slices may change, for bits only to 1."""
-    folder, straight = processes / process, tmp_path / "straight" if more else thirty_steps[0]
+    folder, straight = begun[0] / process, tmp_path / "straight" if more else thirty_steps[0]
     if more:
         quick_training("--steps", 30, *more, "--out", straight)
         (config, *_), spent, g = train.read_config(straight), 0, torch.Generator().manual_seed(0)
@@ -2652,17 +2527,17 @@ def test_a_killed_run_resumes_bit_identically(finished, process, more, processes
         file.write('{"step": 29, "lo')  # half a line
     out = quick_training("--resume", "--out", folder, "--slices", 1)
     assert ("going on after step 13" in out) == (process != "killed at 7")
-    same_state(straight, folder)
+    assert_same(saved(straight), saved(folder))
     timeless = lambda folder: [{k: v for k, v in line.items() if k != "images_per_s"} for line in log_of(folder)]
     assert timeless(folder) == timeless(straight) and not list(folder.glob(".*.tmp"))
 
 
 @pytest.mark.parametrize("process, more", [("two", []), ("two, elastic", DISTIL)])
-def test_two_processes_take_the_steps_of_one(finished, process, more, processes, tmp_path):
+def test_two_processes_take_the_steps_of_one(finished, process, more, begun, tmp_path):
     """--batch-size is the global batch: timesteps, noise, flips and dropped labels are those of one process, the
     curriculum watches the loss of all, process 0 writes, and a resumed run may have another number of both."""
     assert finished.returncode == 0 and finished.stdout.count("\ndone ") == 1, finished.stderr
-    folder_1, folder_2 = tmp_path / "one", processes / process
+    folder_1, folder_2 = tmp_path / "one", begun[0] / process
     done(train, *IN_TWO, *more, "--out", folder_1)
     a, b = saved(folder_1), saved(folder_2)
     config, s = train.read_config(folder_1)

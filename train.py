@@ -158,8 +158,8 @@ class Batch(NamedTuple):
 
     def slices(self, n: int) -> list["Batch"]:
         """At most n parts, of equal size or one apart."""
-        rows = torch.arange(len(self.t)).tensor_split(min(n, len(self.t)))
-        return [self.part(slice(int(part[0]), int(part[-1]) + 1)) for part in rows]
+        split = (x.tensor_split(min(n, len(self.t))) for x in self if x is not None)
+        return [Batch(*part) for part in zip(*split)]
 
 
 def draw_batch(dataset: Dataset, state: State, s: Settings) -> Batch:
@@ -489,21 +489,17 @@ def read_command_line(argv: list[str] | None):
     add_flags(parser.add_argument_group("model"), Config)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     folder, resume, flags = given.pop("out", None), given.pop("resume"), given
-    if resume and folder is None:
-        folder = newest_run(file="config.json")
-    if resume and not given and not folder.exists():  # with others it may begin: a job killed early
-        raise InputError(f"--resume: {folder} does not exist; name the folder of a run")
-    if folder is not None and (folder / "state.pt").exists() and not resume:
+    if resume:
+        folder = folder or newest_run(file="config.json")
+        if not given and not folder.exists():  # with others it may begin: a job killed early
+            raise InputError(f"--resume: {folder} does not exist; name the folder of a run")
+        if (folder / "config.json").exists():
+            config, s = read_config(folder)
+            flags = asdict(config) | asdict(s) | given
+    elif folder and (folder / "state.pt").exists():
         raise InputError(f"{folder} already holds a run; go on with it by --resume, or choose another --out")
-    if folder is not None and not resume and any((folder / name).exists() for name in RUN_FILES):
-        try:  # a run that was ended before its first save begins afresh
-            read_config(folder)
-        except (InputError, OSError):
-            raise InputError(f"{folder} holds {' or '.join(RUN_FILES)} that are not of a run; choose another "
-                             "--out") from None
-    if resume and (folder / "config.json").exists():
-        config, s = read_config(folder)
-        flags = asdict(config) | asdict(s) | given
+    elif folder and any((folder / name).exists() for name in RUN_FILES):
+        read_config(folder)  # refuses files of others; a run that ended before its first save begins afresh
     return folder, choose_settings(flags), flags, given
 
 
@@ -513,9 +509,9 @@ def read_config(folder: Path) -> tuple[Config, Settings]:
     try:
         saved = json.loads(path.read_bytes())
         return Config(**saved["model"]), Settings(**saved["train"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is not a run's settings, or those of an older version, whose runs still "
-                         f"sample but cannot go on: train anew ({one_line(error)})") from None
+                         f"sample but cannot go on; choose another --out ({one_line(error)})") from None
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -175,8 +175,7 @@ def main():
     if "budgets" in tables:
         rows = []
         for share in sorted({1.0, 0.7, 0.35, 0.18, config.rho_min, *shares}, reverse=True):
-            ranks = None if share == 1 else ((1, share),)
-            rows.append(row_of(judged, guidances, Shares(ranks), share=share))
+            rows.append(row_of(judged, guidances, Shares(((1, share),)), share=share))
         results["budgets"] = rows
         print("\nConstant shares of the channels")
         show(rows)

@@ -850,7 +850,7 @@ def test_compare_script(few, tmp_path):
         found = json.loads((folder / f"measured-{name}.json").read_text())["result"]
         loss, by_group = common.held_out_loss(net, test, 5, share=share)
         assert (found["loss"], found["loss_by_group"], found["predict"]) == (loss, by_group, "v") and found["seconds"] > 0
-        shares = schedule.Shares(((1, share),) if share else None)
+        shares = schedule.Shares(((1, share or 1.0),))
         images, labels = sample.draw_images(net, range(10), [*range(10)], steps=2, guidance=2.0, shares=shares)
         with np.load(folder / f"samples-{name}-w2.npz") as kept, torch.no_grad():
             assert np.array_equal(kept["arr_0"], images.permute(0, 2, 3, 1)) and np.array_equal(kept["labels"], labels)
