@@ -318,7 +318,8 @@ def _npz(path: Path, archive: zipfile.ZipFile, size: int | None) -> Source:
     images = images.astype(images.dtype.newbyteorder("="), copy=False)  # as this machine orders its bytes
     if key == "latents":
         if images.dtype not in (np.float16, np.float32) or images.ndim != 4 or images.size == 0:
-            raise InputError(f"{path}: the latents are {images.dtype} {images.shape}, not float (N, C, H, W)")
+            raise InputError(f"{path}: the latents are {images.dtype} {images.shape}, "
+                             "not float16 or float32 (N, C, H, W)")
         if not (np.abs(images) < 1e4).all():
             raise InputError(f"{path}: the latents hold NaN or numbers of 10,000 and more")
         images = images.transpose(0, 2, 3, 1)

@@ -182,15 +182,15 @@ def timestep_embedding(t: torch.Tensor) -> torch.Tensor:
 
 
 def position_embedding(width: int, side: int) -> torch.Tensor:
-    """Fixed 2-D sine-cosine positions of a side x side grid, row by row: float32 (side * side, width).
-    The first half of the width encodes the column, the second the row."""
+    """Fixed 2-D sine-cosine positions of a side x side grid, row by row: (side * side, width), of torch's
+    default dtype like the weights. The first half of the width encodes the column, the second the row."""
     frequency = 10000 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     parts = []
     for axis in (column, row):
         angle = axis.reshape(-1, 1).double() * frequency  # (side * side, width / 4)
         parts += [angle.sin(), angle.cos()]
-    return torch.cat(parts, dim=1).float()
+    return torch.cat(parts, dim=1).to(torch.get_default_dtype())
 
 
 class Conditioning(nn.Module):

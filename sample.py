@@ -104,7 +104,8 @@ def ddim(model: DiT | Predictor, x: torch.Tensor, steps: int = 100, y: torch.Ten
          timesteps: list[int] | None = None) -> Iterator[torch.Tensor]:
     """Deterministic DDIM (Song et al. 2021, Eq. 12 with eta = 0).
 
-    model: a DiT, used with labels y, guidance and shares, or any callable eps(x, t) with an int t
+    model: a DiT, used with labels y, guidance and shares, or any callable eps(x, t) with an int t. To compile
+    a DiT call `model.compile()`: what `torch.compile(model)` returns is no DiT any more
     x: noise (B, C, H, W), or x_t at the first of the timesteps
     timesteps: to visit, decreasing, the last one that of the result; default `sampling_timesteps(steps)`
     Yields x at each timestep but the first.

@@ -81,11 +81,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help lists what is allowed)\n")
 
 
-def positive_int(text: str) -> int:
+def positive_int(text: str, low: int = 1) -> int:
     """argparse type: a whole number of at least 1."""
-    if not text.isdecimal() or not 1 <= int(text) <= 2**31:
-        raise InputError(f"{text[:60]} is not a whole number of at least 1 and at most 2**31")
+    if not text.isdecimal() or not low <= int(text) <= 2**31:
+        raise InputError(f"{text[:60]} is not a whole number of at least {low} and at most 2**31")
     return int(text)
+
+
+def seed_number(text: str) -> int:
+    """argparse type: a seed that every generator takes."""
+    return positive_int(text, low=0)
 
 
 def setting(default, help: str = "", low=-math.inf, high=math.inf, above=-math.inf,

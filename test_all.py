@@ -883,14 +883,20 @@ def test_the_transformer_written_out(conditioning):
     assert len(net.embedders) == {"per-block": 2, "shared": 1}[conditioning]
 
 
-def test_a_model_without_memory_for_its_weights():
-    """On the meta device weights have shapes alone; tables over t have values there, and everywhere else later."""
+def test_a_model_of_other_defaults():
+    """On the meta device weights have shapes alone; tables over t have values there, and everywhere else later. Of
+    float64 weights positions are float64, too."""
     config = Config(**SMALL | dict(keep=0.43))  # ranks that no other test has met: tables are kept
     with torch.device("meta"):
         net = DiT(config, initialise=False)
     assert sum(p.numel() for p in net.parameters()) == model.parameter_count(config)
     assert torch.equal(net.noise_schedule.alpha_bar, AB)
     assert {r: k for r, (k, _) in net.active(1).items()} == {r: r for r in net.ranks}
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert DiT(config)(*inputs(config, 2)).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_initial_spread():
@@ -1906,6 +1912,16 @@ def test_train_script_keeps_a_run_that_is_there(run):
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 
+def test_a_finished_run_takes_another_guidance(run):
+    """As sample.py's default; nothing else of it changes. Guidance needs the answer to "no class"."""
+    shutil.copytree(run, "r")
+    assert "note:" not in done(train, "--resume", "--out", "r", "--guidance", 1.5)
+    assert saved(Path("r"), "model.pt")["guidance"] == 1.5 != saved(run, "model.pt")["guidance"]
+    assert_same(saved(run), saved(Path("r")))
+    out = quick_training("--steps", 1, "--label-dropout", 0, "--out", "s")
+    assert 'note: "no class" is not trained' in out
+
+
 NO_PROFILES = ["{", "[]", "3", '{"t": [1]}', '{"t": [1, 9], "share": [1]}', '{"t": [], "share": []}', "[" * 100_000] + [
     f'{{"t": {t}, "share": {share}}}' for t, share in [
         *(("[1]", f"[{x}]") for x in (0, 1.1, -0.5, "NaN", "1e999", 10**50, '"1"', "true", "null", "[1]", "[[1]]")),
@@ -2099,6 +2115,7 @@ def test_latents_that_do_not_fit_are_refused(latents, run):
     np.savez("three.npz", latents=good[:, :3], labels=np.arange(60) % 3)
     resume, flags = ["--resume", "--out", latents / "run"], ["--run", latents / "run", "--num", 2, "--steps", 1]
     refuses(train, *resume, "--dataset", "three.npz", says="3 channels")
+    refuses(train, *resume, *images_of_nothing()[:2], says="one holds images, the other latents")
     refuses(train, *resume, "--noise", "linear", says="--noise linear (the run has cosine)")
     refuses(sample, *flags, "--out", "x.png", says="--decoder")
     for decoder, says in (("grey.pt", "it gives (2, 1, 8, 8)"), ("latents.npz", "no Torch"), ("none.pt", "no Torch")):

@@ -252,6 +252,8 @@ def run_steps(run: "Run", take_step: Callable[[Batch], torch.Tensor],
     """
     s, state, processes = run.s, run.state, run.processes
     stop, stopping = Stop(), False
+    if state.step == s.steps:  # finished before; but --guidance may be another now
+        save_ema(run)
     clock, timed_from = time.time(), state.step
     while state.step < s.steps and not stopping:
         if state.curriculum.advance(state.step) and s.restart:
@@ -380,12 +382,18 @@ class Run:
         return losses
 
 
+def save_ema(run: Run) -> None:
+    """Writes model.pt."""
+    if run.processes.number == 0:
+        save_model(run.folder / "model.pt", run.state.ema, run.dataset.classes, run.s.guidance, run.state.step)
+
+
 def save(run: Run) -> None:
     """Writes model.pt and state.pt. Raises InputError instead if a number in them is not finite."""
     state, losses = run.state, run.all_losses()
+    save_ema(run)
     if run.processes.number:
         return
-    save_model(run.folder / "model.pt", state.ema, run.dataset.classes, run.s.guidance, state.step)
     # last: a kill between the two is made good when the run goes on from the older state
     everything = vars(state) | dict(
         model=state.model.state_dict(), ema=state.ema.state_dict(), optimizer=state.optimizer.state_dict(),
@@ -456,6 +464,8 @@ def open_run(argv: list[str] | None) -> tuple[Run, dict]:
         # unclipped, as latents must be, eps would multiply errors by 20,291 at t = T
         facts |= dict(channels=channels, mean=mean.tolist(), std=std.tolist(), predict="v")
     config = preset_config(s.model, flags | {"image_size": height}, **facts)
+    if bool(config.mean) != (first.dtype != torch.uint8):
+        raise InputError(f"{source.name} and what the run was trained on: one holds images, the other latents")
     if config.num_classes < classes or config.channels != channels:
         raise InputError(f"{source.name} has {classes} classes and {channels} channels, "
                          f"the model only {config.num_classes} and {config.channels}")
@@ -575,6 +585,8 @@ def print_summary(run: Run, given: dict, dtype: torch.dtype) -> None:
         for name in names.split():
             if applies and name in given:
                 print(f"note: {flag(name)} has no effect: {why}")
+    if dataset.classes and s.label_dropout == 0:
+        print('note: "no class" is not trained without --label-dropout: sample with --guidance 1')
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import common
 import plot
 from data import batch_indices, from_unit, load, to_unit
 from script import (DEVICES, InputError, Parser, duration, end_progress, pick_device, positive_int, run_script,
-                    show_progress, write_then_rename)
+                    seed_number, show_progress, write_then_rename)
 
 
 class Residual(nn.Module):
@@ -91,7 +91,7 @@ def main():
     add("--steps", type=positive_int, default=3000, metavar="N", help="(default 3000)")
     add("--batch-size", type=positive_int, default=64, metavar="N", help="(default 64)")
     add("--lr", type=float, default=1e-3, metavar="F", help="highest learning rate, one cycle (default 0.001)")
-    add("--seed", type=int, default=0, metavar="N", help="(default 0)")
+    add("--seed", type=seed_number, default=0, metavar="N", help="(default 0)")
     add("--classifier", type=Path, metavar="FILE", help="of experiments/classifier.py, for the Frechet distance")
     add("--out", type=Path, default=Path("runs/autoencoder"), metavar="DIR", help="(default runs/autoencoder)")
     add("--device", choices=DEVICES, default="auto", help="(default auto)")

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 import common
 import fid
 from data import Dataset, Source, batch_indices, load, open_source, to_unit
-from script import DEVICES, InputError, Parser, pick_device, positive_int, run_script, write_then_rename
+from script import DEVICES, InputError, Parser, pick_device, positive_int, run_script, seed_number, write_then_rename
 
 # ----------------------------------------------------------------------------------------------------
 # The network
@@ -111,6 +111,8 @@ def train(args, device: torch.device, generated: Source | None) -> tuple[Classif
     with contextlib.redirect_stdout(sys.stderr):  # load() shows progress; stdout is for the result
         dataset, test = training_data(args)
     n, size = len(dataset.images), dataset.images.shape[-1]
+    check_images(dataset.name, dataset.images)
+    check_images(test.name, test.images)
     if generated:
         wanted_classes(generated, dataset.classes, size)
     dataset = dataset.to(device)
@@ -154,6 +156,13 @@ def train(args, device: torch.device, generated: Source | None) -> tuple[Classif
     return model.to(device), state
 
 
+def check_images(name: str, images: torch.Tensor) -> None:
+    """Raises InputError unless they are bytes (N, 3, H, H), which latents are not."""
+    if images.dtype != torch.uint8 or images.shape[-1] != images.shape[-2]:
+        raise InputError(f"{name} has {str(images.dtype).removeprefix('torch.')} {tuple(images.shape[1:])}; a classifier "
+                         "takes square images of bytes")
+
+
 def features_file(out: Path) -> Path:
     return out.with_name(out.stem + ".features" + (out.suffix or ".pt"))
 
@@ -172,8 +181,10 @@ def load_classifier(path: Path, device: torch.device, test: Dataset | None = Non
     except Exception as error:  # whatever else a foreign file makes of itself
         raise InputError(f"{path} is not a classifier that this script wrote ({type(error).__name__}); give the "
                          "file named by --out, not the .features.pt beside it") from None
-    if test and (state["classes"], state["config"]["image_size"]) != (test.classes, test.images.shape[-1]):
-        raise InputError(f"{path} is of other classes or another image size than {test.name}; name another file")
+    if test:
+        check_images(test.name, test.images)
+        if (state["classes"], state["config"]["image_size"]) != (test.classes, test.images.shape[-1]):
+            raise InputError(f"{path} is of other classes or another image size than {test.name}; name another file")
     return model.to(device), state
 
 
@@ -184,7 +195,9 @@ def load_classifier(path: Path, device: torch.device, test: Dataset | None = Non
 def wanted_classes(source: Source, classes: list[str], image_size: int) -> torch.Tensor:
     """Which of `classes` each generated image should be, int64 (N,). Raises InputError if that is not
     known, or if the images have another size."""
-    size = source.read(0, 1).shape[-1]
+    first = source.read(0, 1)
+    check_images(source.name, first)
+    size = first.shape[-1]
     if size != image_size:
         raise InputError(f"{source.name} has images {size} pixels wide, the classifier is for {image_size}")
     if source.labels is None:
@@ -266,7 +279,7 @@ def main(argv: list[str] | None = None):
     add("--image-size", type=positive_int, help="shapes: the size to draw (default 16); a PATH dataset: crop to "
         "the central square and resize to this")
     add("--num", type=positive_int, default=20_000, help="shapes: how many to draw for training (default: 20000)")
-    add("--seed", type=int, default=1234, help="of the drawn shapes, the weights and the order; the generative "
+    add("--seed", type=seed_number, default=1234, help="of the drawn shapes, the weights and the order; the generative "
         "model is trained on shapes of seed 0, so keep another (default: 1234)")
     add("--epochs", type=positive_int, default=6, help="passes over the training images (default: 6)")
     add("--steps", type=positive_int, help="train for this many batches instead of --epochs")

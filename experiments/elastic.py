@@ -174,7 +174,8 @@ def main():
 
     if "budgets" in tables:
         rows = []
-        for share in sorted({1.0, 0.7, 0.35, 0.18, config.rho_min, *shares}, reverse=True):
+        trained = {share for share in (1.0, 0.7, 0.35, 0.18) if share >= config.rho_min}
+        for share in sorted({config.rho_min, *trained, *shares}, reverse=True):
             rows.append(row_of(judged, guidances, Shares(((1, share),)), share=share))
         results["budgets"] = rows
         print("\nConstant shares of the channels")
@@ -198,7 +199,7 @@ def main():
     if "guide" in tables:
         guides, rows = [g for g in (1.0, 0.5, 0.25, 0.1) if g >= config.rho_min], []
         for first in (1.0, max(0.5, config.rho_min)):
-            below = [g for g in guides if g <= first] if first in guides else [first, *guides]
+            below = [first, *(g for g in guides if g < first)]
             ratios = time_of_guidance(models[0], first, below)
             for (g, ratio), w in itertools.product(zip(below, ratios), (1.5, 2.0, 3.0)):
                 found = judged(w, Shares(((1, first),), g))

@@ -368,6 +368,7 @@ def main():
     images = common.every_second(common.held_out_for(args, {args.run: state}), 0)
     visited = sampling_timesteps(args.sampling_steps)[:-1]
     groups = noise_groups(model.noise_schedule.log_snr, visited)
+    network = classifier.load_classifier(args.classifier, device, images)[0].eval() if args.classifier else None
     ways = [(model, share) for share in measured_shares(config.rho_min)]
     harms, nats = measure_harm(ways, images, groups, args.per_group)
     if images.classes:
@@ -377,8 +378,7 @@ def main():
               f"by the model's losses {sum(nats):.2f} ({by_group})")
     else:
         del harms["class"]
-    if args.classifier:
-        network = classifier.load_classifier(args.classifier, device, images)[0].eval()
+    if network:
         harms["rollout"] = measure_rollouts(model, network.features, groups, args.sampling_steps, args.guidance,
                                             args.rollouts, len(images.classes))
 
@@ -392,8 +392,9 @@ def main():
             fitted[objective, share] = profile
             path = args.out / f"{objective}-{share:g}.json"
             write_profile(path, profile)
-            rows.append({"objective": objective, "share": share, "fitted / constant": least / constant,
-                         "never rising / constant": falling / constant, "file": str(path)}
+            ratios = [least / constant, falling / constant] if constant else [None, None]  # of all channels: no harm
+            rows.append({"objective": objective, "share": share, "fitted / constant": ratios[0],
+                         "never rising / constant": ratios[1], "file": str(path)}
                         | {f"{group[0]}-{group[-1]}": s for group, (_, s) in zip(groups, profile)})
     print("\nProfiles: predicted harm against that of a constant share, and the share of each group of t")
     columns = {"objective": "", "share": "g", "fitted / constant": ".2f", "never rising / constant": ".2f"}

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's top level
-from script import InputError, Parser, end_progress, one_line, run_script, show_progress, write_then_rename
+from script import InputError, Parser, end_progress, one_line, run_script, seed_number, show_progress, write_then_rename
 
 
 def open_files(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
@@ -48,10 +48,15 @@ def read_array(content: bytes, name: str) -> np.ndarray:
 
 
 def numbered(names: list[str], where: Path) -> dict[int, str]:
-    """{i: name} of i.npy, in order. Raises InputError if there are none."""
-    found = {int(Path(name).stem): name for name in names if name.endswith(".npy") and Path(name).stem.isdecimal()}
+    """{i: name} of i.npy, in order. Raises InputError if there are none, or two of one number."""
+    names = [name for name in names if name.endswith(".npy") and Path(name).stem.isdecimal()]
+    found = {int(Path(name).stem): name for name in names}
     if not found:
         raise InputError(f"{where} holds neither img-mean-std-*.npy nor 0.npy, 1.npy, ...")
+    twice = next((name for name in names if found[int(Path(name).stem)] != name), None)
+    if twice:
+        raise InputError(f"{where} holds {twice} and {found[int(Path(twice).stem)]}, of one number; convert each folder "
+                         "by itself")
     return dict(sorted(found.items()))
 
 
@@ -79,7 +84,7 @@ def from_fast_dit(path: Path, labels: Path | None) -> tuple[np.ndarray, np.ndarr
     if list(of) != list(files):
         raise InputError(f"{labels} has {len(of)} labels that are not those of the {len(files)} latents in {path}")
     values = [read_array(read_label(name), name).reshape(-1) for name in of.values()]
-    if any(len(value) != 1 or value[0] != int(value[0]) or value[0] < 0 for value in values):
+    if any(len(value) != 1 or value[0] != int(value[0]) for value in values):
         raise InputError(f"{labels}: each file must hold one class number")
     return stack(arrays, list(files.values())), np.array([int(value[0]) for value in values])
 
@@ -115,19 +120,25 @@ def main():
     add("source", type=Path, metavar="SOURCE", help="a folder or a .zip of latents")
     add("--labels", type=Path, metavar="DIR", help="fast-DiT: the folder of labels")
     add("--mean", action="store_true", help="EDM2, REPA: the means instead of a draw")
-    add("--seed", type=int, default=0, metavar="N", help="of the draw (default 0)")
+    add("--seed", type=seed_number, default=0, metavar="N", help="of the draw (default 0)")
     add("--out", type=Path, required=True, metavar="FILE.npz")
     args = parser.parse_args()
-    if args.out.suffix != ".npz" or args.seed < 0:
-        raise InputError(f"--out {args.out} must be FILE.npz, --seed a number of at least 0")
+    if args.out.suffix != ".npz":
+        raise InputError(f"--out {args.out} must be FILE.npz")
     names, _ = open_files(args.source)
-    if any(Path(name).name.startswith("img-mean-std-") for name in names):
+    with_deviations = any(Path(name).name.startswith("img-mean-std-") for name in names)
+    if args.labels if with_deviations else args.mean:
+        raise InputError("--labels is for folders of i.npy, --mean for img-mean-std-*.npy, whose labels stand in "
+                         "dataset.json")
+    if with_deviations:
         latents, labels = from_mean_std(args.source, args.mean, args.seed)
     else:
         latents, labels = from_fast_dit(args.source, args.labels)
     end_progress()
-    if np.abs(latents).max() > 6e4:
-        raise InputError(f"{args.source} holds numbers that float16 cannot")
+    if np.abs(latents).max() >= 1e4:
+        raise InputError(f"{args.source} holds numbers of 10,000 and more, which train.py takes for damage")
+    if labels is not None and not 0 <= labels.min() <= labels.max() <= 9999:
+        raise InputError(f"{args.source} has labels from {labels.min()} to {labels.max()}, expected are 0 to 9999")
     arrays = dict(latents=latents.astype(np.float16)) | ({} if labels is None else dict(labels=labels))
     write_then_rename(args.out, lambda file: np.savez(file, **arrays))
     classes = "no labels" if labels is None else f"{labels.max() + 1} classes"

@@ -39,7 +39,7 @@ from data import Dataset, load
 from model import DiT, parameter_count
 from sample import load_model, save_model
 from schedule import T
-from script import Parser, pick_device, pick_dtype, positive_int, run_script
+from script import Parser, pick_device, pick_dtype, positive_int, run_script, seed_number
 
 GROUPS = [(first, end - 1) for first, end in zip(GROUP_EDGES, GROUP_EDGES[1:])]
 BIN = 20  # timesteps in a point of the loss curve
@@ -324,7 +324,7 @@ def read_command_line():
     add("--gradient-batch", type=positive_int, default=128, metavar="N", help="samples in each of the ten batches "
         "of (a), and in the one of (d) (default 128; the paper: 512)")
     add("--per-timestep", type=positive_int, default=20, metavar="N", help="held-out images a t (default 20)")
-    add("--seed", type=int, default=0, metavar="N", help="of everything (default 0)")
+    add("--seed", type=seed_number, default=0, metavar="N", help="of everything (default 0)")
     args = common.parse_flags(parser, ("--method", "--keep", "--save-every", "--curriculum-groups", "--timesteps"))
     for flag, steps in (("--steps", args.steps), ("--group-steps", args.group_steps)):
         if steps % args.checkpoints or steps < 10 * args.checkpoints:

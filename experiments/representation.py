@@ -39,7 +39,8 @@ from model import DiT
 from rank_analysis import effective_rank, spearman, trend
 from sample import load_model
 from schedule import T, predicted_x_0_and_eps, target_coefficients
-from script import DEVICES, InputError, Parser, duration, pick_device, positive_int, run_script, show_progress
+from script import (DEVICES, InputError, Parser, duration, pick_device, positive_int, run_script, seed_number,
+                    show_progress)
 from train import Batch, read_config
 
 TARGETS = ("eps", "x0", "v", "flow")
@@ -311,7 +312,7 @@ def read_command_line() -> Namespace:
     add("--samples", type=positive_int, default=1000, metavar="N", help="images for (1) to (3) (default 1000)")
     add("--ntk-samples", type=positive_int, default=16, metavar="N", help="images for (4) (default 16)")
     add("--directions", type=positive_int, default=4, metavar="N", help="random output directions for (4) (default 4)")
-    add("--seed", type=int, default=0, metavar="N", help="of images, noise and directions (default 0)")
+    add("--seed", type=seed_number, default=0, metavar="N", help="of images, noise and directions (default 0)")
     add("--out", type=Path, metavar="DIR", help="where results go (default RUN/representation)")
     add("--device", choices=DEVICES, default="auto", help="(default auto)")
     args = parser.parse_args()
@@ -320,8 +321,8 @@ def read_command_line() -> Namespace:
     if any(t % 1 for t in levels) or len(levels) < 2:
         raise InputError(f"--levels takes two or more whole numbers from 1 to {T}")
     args.levels = sorted(int(t) for t in levels)
-    if min(args.samples, args.ntk_samples) < 2 or not 0 <= args.seed < 2**31:
-        raise InputError("--samples and --ntk-samples take at least 2, --seed 0 or more")
+    if min(args.samples, args.ntk_samples) < 2:
+        raise InputError("--samples and --ntk-samples take at least 2")
     return args
 
 

@@ -1033,7 +1033,7 @@ def test_fit_and_judge_scripts(few, elastic_run, tmp_path):
     run, judge = elastic_run
     flags = [*few[:6], "--classifier", judge]
     out = runs(fit_ranks, "--run", run, *flags, "--per-group", 4, "--rollouts", 3, "--sampling-steps", 4, "--layers",
-               "--shares", "0.5,0.25", "--out", tmp_path / "fit")
+               "--shares", "1,0.5,0.25", "--out", tmp_path / "fit")
     assert "what the label says of an image" in out and "per multiply-add saved" in out
     found = json.loads((tmp_path / "fit" / "harm.json").read_text())
     assert np.array(found["harm"]["rollout"])[:, -1].max() == 0 < np.array(found["harm"]["rollout"])[:, 0].min()
@@ -1070,11 +1070,18 @@ def test_fit_and_judge_scripts(few, elastic_run, tmp_path):
             if (module, name) != (fit_ranks, "few"):  # which takes the other ten
                 refuses(module, word, run, *images, says=says)
     refuses(fit_ranks, "--run", run, *flags, "--shares", "2", says=("--shares", "1"))
+    refuses(fit_ranks, "--run", run, *few[:6], "--classifier", tmp_path / "none", "--per-group", 10**6, says="no classifier")
     refuses(fit_ranks, "--run", tmp_path, *flags, says="does not exist")
     train.main([*map(str, [*few[:2], *few[4:]]), "--model", "tiny", "--method", "static", "--steps", "1", "--sample-every",
                 "0", "--out", str(tmp_path / "static")])
     refuses(fit_ranks, "--run", tmp_path / "static", *flags, says="--method elastic")
     refuses(elastic, "--runs", tmp_path / "static", *table, says="--method elastic")
+    train.main([*map(str, [*few[:2], *few[4:]]), "--model", "tiny", "--method", "elastic", "--rho-min", "0.6", "--steps",
+                "1", "--sample-every", "0", "--out", str(tmp_path / "wide")])
+    runs(elastic, "--runs", tmp_path / "wide", *table, "--shares", 0.8, "--guidances", 1, "--only", "budgets,guide")
+    tables = json.loads((tmp_path / "results.json").read_text())["tables"]
+    assert [row["share"] for row in tables["budgets"]] == [1, 0.8, 0.7, 0.6]  # none that was not trained
+    assert [(row["first"], row["guide"]) for row in tables["guide"] if row["w"] == 2] == [(1, 1), (0.6, 0.6), (1, 0.6)]
 
 
 def test_samplers_script(few, elastic_run, tmp_path):
@@ -1162,6 +1169,18 @@ def test_latents_of_other_people(tmp_path):
     runs(latents, edm, "--out", out, "--seed", 3)
     drawn = (np.load(out)["latents"] - z[order]) / (np.abs(z[order]) / 2)
     assert abs(drawn.mean()) < 0.2 and 0.8 < drawn.std() < 1.2
+    refuses(latents, edm, "--labels", tmp_path / "y", "--out", out, says="--labels is for folders of i.npy")
+    refuses(latents, tmp_path / "z", "--mean", "--out", out, says="--mean for img-mean-std")
+    for i, value, says in ((0, -1, "labels from -1"), (5, 10_000, "to 10000")):
+        np.save(tmp_path / "y" / f"{i}.npy", value)
+        refuses(latents, tmp_path / "z", "--labels", tmp_path / "y", "--out", out, says=says)
+        np.save(tmp_path / "y" / f"{i}.npy", labels[i])
+    (tmp_path / "z" / "more").mkdir()
+    np.save(tmp_path / "z" / "more" / "3.npy", z[:1])
+    refuses(latents, tmp_path / "z", "--out", out, says=("3.npy and", "more/3.npy", "of one number"))
+    shutil.rmtree(tmp_path / "z" / "more")
+    np.save(tmp_path / "z" / "3.npy", np.full((1, 4, 2, 2), 1e4))
+    refuses(latents, tmp_path / "z", "--out", out, says="10,000 and more")
     np.save(tmp_path / "y" / "12.npy", labels[:1])
     refuses(latents, tmp_path / "z", "--labels", tmp_path / "y", "--out", out, says="13 labels")
     np.save(tmp_path / "z" / "3.npy", np.full((1, 4, 2, 2), np.nan))
@@ -1388,7 +1407,11 @@ REFUSED = [  # scripts, flags in which ODD is a folder, words of the answer
     ([classifier], "--classifier ODD/fewer.pt", "--generated"), ([classifier], "--lr 2", "--lr"),
     ([classifier], "--generated ODD/fewer.npz --classifier ODD/nothing.pt", "not a classifier"),
     ([classifier], "--generated ODD/fewer.npz --classifier ODD/none.pt", "no classifier"),
-    ([classifier], "--generated ODD/none.npz", "no dataset"), ([classifier], "--steps 0", "at least 1")]
+    ([classifier], "--generated ODD/none.npz", "no dataset"), ([classifier], "--steps 0", "at least 1"),
+    ([classifier], "--dataset ODD/oblong.npz", "(3, 8, 12); a classifier takes square images of bytes"),
+    ([classifier], "--dataset ODD/latents.npz", "float32 (3, 8, 8); a classifier takes square images of bytes"),
+    ([classifier], "--generated ODD/oblong.npz", "square"),
+    ([classifier, rank_analysis], f"--seed {10**20}", "seed")]
 
 
 @pytest.mark.parametrize("module", [*EVERY, classifier])
@@ -1398,6 +1421,8 @@ def test_bad_input_is_one_line(module, few, tmp_path):
     for name, size, classes in (("smaller", 4, 4), ("fewer", 8, 3), ("odd", 6, 4), ("plain", 8, 0)):
         labels = dict(labels=np.arange(20) % classes) if classes else {}
         np.savez(odd / f"{name}.npz", images=np.zeros((20, size, size, 3), np.uint8), **labels)
+    np.savez(odd / "oblong.npz", images=np.zeros((20, 8, 12, 3), np.uint8), labels=np.arange(20) % 3)
+    np.savez(odd / "latents.npz", latents=np.zeros((20, 3, 8, 8), np.float32), labels=np.arange(20) % 3)
     for name in ("nothing.pt", "nothing.features.pt"):
         (odd / name).touch()
     runs(classifier, "--dataset", odd / "fewer.npz", "--steps", 2, "--device", "cpu", "--out", odd / "fewer.pt")
