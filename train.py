@@ -252,8 +252,6 @@ def run_steps(run: "Run", take_step: Callable[[Batch], torch.Tensor],
     """
     s, state, processes = run.s, run.state, run.processes
     stop, stopping = Stop(), False
-    if state.step == s.steps:  # finished before; but --guidance may be another now
-        save_ema(run)
     clock, timed_from = time.time(), state.step
     while state.step < s.steps and not stopping:
         if state.curriculum.advance(state.step) and s.restart:
@@ -382,18 +380,12 @@ class Run:
         return losses
 
 
-def save_ema(run: Run) -> None:
-    """Writes model.pt."""
-    if run.processes.number == 0:
-        save_model(run.folder / "model.pt", run.state.ema, run.dataset.classes, run.s.guidance, run.state.step)
-
-
 def save(run: Run) -> None:
     """Writes model.pt and state.pt. Raises InputError instead if a number in them is not finite."""
     state, losses = run.state, run.all_losses()
-    save_ema(run)
     if run.processes.number:
         return
+    save_model(run.folder / "model.pt", state.ema, run.dataset.classes, run.s.guidance, state.step)
     # last: a kill between the two is made good when the run goes on from the older state
     everything = vars(state) | dict(
         model=state.model.state_dict(), ema=state.ema.state_dict(), optimizer=state.optimizer.state_dict(),
@@ -581,6 +573,7 @@ def print_summary(run: Run, given: dict, dtype: torch.dtype) -> None:
             (s.curriculum_groups <= 1, "curriculum_share curriculum_alpha curriculum_sampling restart",
              "there is no curriculum"),
             (not dataset.classes, "label_dropout guidance", "the images have no classes"),
+            (state.step == s.steps, "guidance", "the run is finished; sample.py takes it"),
             (config.mean, "flip sample_every", "latents are not flipped, and only sample.py draws them")):
         for name in names.split():
             if applies and name in given:

@@ -95,9 +95,10 @@ def differing(change: dict) -> dict:
     return {name: value for name, value in change.items() if BASELINE.get(name) != value}
 
 
-def folder_name(change: dict, train_flags: list[str], steps: int, seed: int) -> str:
+def folder_name(change: dict, method: str, train_flags: list[str], steps: int, seed: int) -> str:
     """baseline-steps-1500-seed-0, rho-min-0.3-steps-1500-seed-0, ... Identical flags are one run."""
     words = common.as_flags(differing(change)) or ["baseline"]
+    words += [] if method == "iso-compute" else [method]
     words += train_flags + common.as_flags(dict(steps=steps, seed=seed))
     return "-".join(word.lstrip("-").replace("/", "_") for word in words)
 
@@ -264,7 +265,7 @@ def main():
     for number, (ablation, name, seed) in enumerate(planned, 1):
         change = ABLATIONS[ablation][name]
         steps = args.steps if ablation != "alpha" else args.alpha_steps or 4 * args.steps
-        folder = args.out / folder_name(change, args.train_flags, steps, seed)
+        folder = args.out / folder_name(change, args.method, args.train_flags, steps, seed)
         if folder not in done:
             print(f"\n{number} of {len(planned)}: {ablation} {name}, seed {seed}", flush=True)
             run = common.train_and_measure(folder, flags_of(change, steps, seed),

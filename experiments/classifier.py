@@ -159,8 +159,8 @@ def train(args, device: torch.device, generated: Source | None) -> tuple[Classif
 def check_images(name: str, images: torch.Tensor) -> None:
     """Raises InputError unless they are bytes (N, 3, H, H), which latents are not."""
     if images.dtype != torch.uint8 or images.shape[-1] != images.shape[-2]:
-        raise InputError(f"{name} has {str(images.dtype).removeprefix('torch.')} {tuple(images.shape[1:])}; a classifier "
-                         "takes square images of bytes")
+        kind, shape = str(images.dtype).removeprefix("torch."), tuple(images.shape[1:])
+        raise InputError(f"{name} has {kind} {shape}; a classifier takes square images of bytes")
 
 
 def features_file(out: Path) -> Path:

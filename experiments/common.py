@@ -311,6 +311,12 @@ def mean_and_sd(values: list[float], spec: str) -> str | None:
     return format(np.mean(values), spec) + (f" ± {np.std(values, ddof=1):{spec}}" if len(values) > 1 else "")
 
 
+def shown(runs: list[dict], measures: list[str]) -> dict[str, str | None]:
+    """Of several runs: mean and deviation of the loss, of Frechet distances and of recognised shares, as in a table."""
+    specs = {"loss": ".5f", "frec": ".2f", "reco": ".1%"}
+    return {key: mean_and_sd([run[key] for run in runs], specs[key[:4]]) for key in measures}
+
+
 def relative_change(ours, theirs) -> tuple[float, float | None]:
     """ours / theirs - 1, paired by seed (the first axis): the mean, and the half-width of its 95 % interval
     (Student's t over the seeds); None for a single seed."""

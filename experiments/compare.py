@@ -156,7 +156,7 @@ def compare_rows(rows: dict, this: str, that: str, measures: list[str]) -> list[
         values = {name: [run[measure] for run in row["runs"]] for name, row in rows.items()}
         if this in values and that in values:
             alike = [values[name] for name, row in rows.items()  # those of another keep or target spread otherwise
-                     if row["keep"] == rows[that]["keep"] and (name == this or row["row"] != "iso-compute-eps")]
+                     if name == this or row["keep"] == rows[that]["keep"] and row["row"] != "iso-compute-eps"]
             difference, half = interval(values[this], values[that], alike)
             relative = difference / np.mean(values[that]) if any(values[that]) else math.nan
             sign = -1 if measure.startswith("recognised") else 1  # more is better
@@ -203,10 +203,7 @@ def print_tables(rows: dict, measures: list[str]) -> None:
         line = first | {
             "n": row["n"], "params, M": row["parameters"] / 1e6, "sampling": flops.amount(round(row["sampling"])),
             "training": flops.amount(round(row["flops"])), "minutes": row["seconds"] / 60}
-        for key in measures:
-            spec = {"loss": ".5f", "frec": ".2f", "reco": ".1%"}[key[:4]]
-            line[key] = common.mean_and_sd([run[key] for run in runs], spec)
-        table.append(line)
+        table.append(line | common.shown(runs, measures))
         losses = zip(GROUP_NAMES, zip(*(run["loss_by_group"] for run in runs)))
         by_group.append(first | {group: common.mean_and_sd(values, ".4g") for group, values in losses})
     specs = {"row": "", "keep": "g"}

@@ -18,7 +18,8 @@ A profile for a budget then has the least sum of harms among those whose samplin
 comes in two files: for sample.py in shares of all channels; for train.py, which chooses the number of channels itself,
 scaled so that the largest share is 1.
 Losses are those of every second ten of the held-out images, rollouts start from seed 1; compare.py and elastic.py judge
-by the other images and by seed 0.
+by the other images and by seed 0, but in the features of the same classifier unless they are given another: that
+favours `rollout`, which was fitted in them.
 """
 
 import copy
@@ -47,7 +48,6 @@ from script import (DEVICES, InputError, Parser, end_progress, pick_device, posi
 
 EDGES = (4, 2.5, 1.5, 0.75, 0, -0.75, -1.5, -2.5, -4)  # of log-SNR, between groups: fine in the middle
 OBJECTIVES = ("loss", "elbo", "class", "rollout")
-
 
 
 def measured_shares(rho_min: float) -> list[float]:

@@ -323,7 +323,8 @@ def paired_p(ours: list[float], theirs: list[float], comparisons: int) -> float 
 
 
 def table_rows(lab: Lab) -> list[dict]:
-    """A row for each method of which there are results, with as many seeds as all of them have."""
+    """A row for each method of which there are results, with the seeds from 0 on that it has; tests take those
+    that both have."""
     rates = known_rates(lab, METHODS)
     found = {}
     for method, lr in rates.items():
@@ -458,7 +459,7 @@ def measure_costs(lab: Lab, rounds: int = 7) -> list[dict]:
         count = parameter_counts(model)
         rows.append(dict(method=method, **count,
                          share=count["trained"] / sum(p.numel() for p in lab.base.parameters()),
-                         bytes=size, state=12 * count["trained"]))
+                         bytes=size, training_bytes=12 * count["trained"]))  # gradient and two moments
     times = {(method, name): [] for method in METHODS for name in ("step", "one", "batch", "long")}
     long_ones = train.length.argsort(descending=True)[:32]
     usual = train.length.argsort()[len(train.length) * 3 // 4:][:32]

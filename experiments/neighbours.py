@@ -157,10 +157,7 @@ def print_tables(results: dict, measures: list[str]) -> None:
             first = {"target": predict, "contestant": name}
             row = first | {"n": len(runs), "steps": runs[0]["steps"], "expected, T": runs[0]["expected"] / 1e12,
                            "spent, T": common.mean_and_sd([run["flops"] / 1e12 for run in runs], ".5g")}
-            for key in measures:
-                spec = {"loss": ".5f", "frec": ".2f", "reco": ".1%"}[key[:4]]
-                row[key] = common.mean_and_sd([run[key] for run in runs], spec)
-            table.append(row)
+            table.append(row | common.shown(runs, measures))
             losses = zip(GROUP_NAMES, zip(*(run["loss_by_group"] for run in runs)))
             by_group.append(first | {f"t {group}": common.mean_and_sd(values, ".3g") for group, values in losses})
     print()

@@ -325,7 +325,8 @@ def read_command_line():
         "of (a), and in the one of (d) (default 128; the paper: 512)")
     add("--per-timestep", type=positive_int, default=20, metavar="N", help="held-out images a t (default 20)")
     add("--seed", type=seed_number, default=0, metavar="N", help="of everything (default 0)")
-    args = common.parse_flags(parser, ("--method", "--keep", "--save-every", "--curriculum-groups", "--timesteps"))
+    args = common.parse_flags(parser, ("--method", "--keep", "--save-every", "--curriculum-groups", "--timesteps",
+                                       "--compile", "--slices"))
     for flag, steps in (("--steps", args.steps), ("--group-steps", args.group_steps)):
         if steps % args.checkpoints or steps < 10 * args.checkpoints:
             parser.error(f"{flag} {steps} must be a multiple of --checkpoints {args.checkpoints}, ten times it or "

@@ -550,6 +550,8 @@ def test_claims_of_erd():
         level["rank"] = rank
     claim, verdict, figures = representation.claims(rows, kernel)[-2]
     assert "Fig. 11" in claim and verdict == "appears in the noisier half" and "from t 450 on -1.00" in figures
+    few = dict(levels=kernel["levels"][:6], coupling=np.array(kernel["coupling"])[:6, :6].tolist())
+    assert representation.claims(rows[:6], few)[-2][1] == "does not appear"  # four points are no half to speak of
     assert representation.phase(dict(recoverable=3, floor=1, held_out=1.75)) == [(3**0.5, 1), (1.5, 1.75**0.5)]
 
 
@@ -588,6 +590,7 @@ def test_ablations_script(few, tmp_path, monkeypatch):
     assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {
         f"{name}-log-every-1-steps-20-seed-{seed}" for seed in (0, 1)
         for name in ("baseline", "curriculum-groups-0", "curriculum-sampling-uniform")}
+    assert ablations.folder_name({}, "iso-param", [], 3, 0) == "baseline-iso-param-steps-3-seed-0"
     on, off = (result["ablations"]["curriculum"][name] for name in ("on", "off"))
     assert on == result["ablations"]["sampling"]["progressive"] != off
     row, folder = on[0], tmp_path / on[0]["run"]
@@ -827,6 +830,9 @@ def test_differences_of_rows(capsys):
     assert verdicts["elastic-0.5", "static-0.5", "recognised, w 1"] == "better"
     assert verdicts["full", "static-0.5", "loss"] == "not told apart"
     assert math.isnan(found[-1]["relative"]) and "+200.0%" in capsys.readouterr().out
+    wide = {name: dict(row=name, keep=None if name == "full" else 1, runs=[{"loss": x} for x in losses])
+            for name, losses in (("static", [1.0, 1.001]), ("full", [0.5, 1.2]))}  # full has a spread of its own
+    assert compare.compare_rows(wide, "full", "static", ["loss"])[0]["verdict"] == "not told apart"
 
 
 def test_compare_script(few, tmp_path):
