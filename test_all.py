@@ -2113,7 +2113,7 @@ def test_latents_that_do_not_fit_are_refused(latents, run):
     np.savez("three.npz", latents=good[:, :3], labels=np.arange(60) % 3)
     resume, flags = ["--resume", "--out", latents / "run"], ["--run", latents / "run", "--num", 2, "--steps", 1]
     refuses(train, *resume, "--dataset", "three.npz", says="3 channels")
-    refuses(train, *resume, *images_of_nothing()[:2], says="one holds images, the other latents")
+    refuses(train, *resume, *images_of_nothing()[:2], says=("latents", "images"))
     refuses(train, *resume, "--noise", "linear", says="--noise linear (the run has cosine)")
     refuses(sample, *flags, "--out", "x.png", says="--decoder")
     for decoder, says in (("grey.pt", "it gives (2, 1, 8, 8)"), ("latents.npz", "no Torch"), ("none.pt", "no Torch")):

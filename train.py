@@ -457,7 +457,7 @@ def open_run(argv: list[str] | None) -> tuple[Run, dict]:
         facts |= dict(channels=channels, mean=mean.tolist(), std=std.tolist(), predict="v")
     config = preset_config(s.model, flags | {"image_size": height}, **facts)
     if bool(config.mean) != (first.dtype != torch.uint8):
-        raise InputError(f"{source.name} and what the run was trained on: one holds images, the other latents")
+        raise InputError(f"one of {source.name} and what the run was trained on holds latents, one images")
     if config.num_classes < classes or config.channels != channels:
         raise InputError(f"{source.name} has {classes} classes and {channels} channels, "
                          f"the model only {config.num_classes} and {config.channels}")

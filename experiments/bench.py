@@ -34,7 +34,8 @@ from curriculum import Curriculum
 from model import PRESETS, Config, DiT
 from sample import guided
 from schedule import T, sampling_timesteps
-from script import DTYPES, InputError, Parser, end_progress, pick_device, pick_dtype, positive_int, run_script, show_progress
+from script import (DTYPES, InputError, Parser, end_progress, pick_device, pick_dtype, positive_int, run_script,
+                    show_progress)
 
 
 def timed(work, device: torch.device) -> float:

@@ -102,7 +102,8 @@ class JudgedOnce:
 
 def row_of(judged: JudgedOnce, guidances: list[float], shares: Shares, **first) -> dict:
     """A row of a table: what it is, its cost without guidance, and both measures at each guidance."""
-    row = first | dict(cost=flops.sampling(judged.models[0].config, judged.args.sampling_steps, shares=Shares(shares.ranks)))
+    config, steps = judged.models[0].config, judged.args.sampling_steps
+    row = first | dict(cost=flops.sampling(config, steps, shares=Shares(shares.ranks)))
     for w in guidances:
         found = judged(w, shares)
         row |= {f"{name}, w {w:g}": found[name] for name in ("frechet", "recognised")}

@@ -55,8 +55,8 @@ def numbered(names: list[str], where: Path) -> dict[int, str]:
         raise InputError(f"{where} holds neither img-mean-std-*.npy nor 0.npy, 1.npy, ...")
     twice = next((name for name in names if found[int(Path(name).stem)] != name), None)
     if twice:
-        raise InputError(f"{where} holds {twice} and {found[int(Path(twice).stem)]}, of one number; convert each folder "
-                         "by itself")
+        raise InputError(f"{where} holds {twice} and {found[int(Path(twice).stem)]}, of one number; convert each "
+                         "folder by itself")
     return dict(sorted(found.items()))
 
 
