@@ -49,14 +49,16 @@ def read_array(content: bytes, name: str) -> np.ndarray:
 
 def numbered(names: list[str], where: Path) -> dict[int, str]:
     """{i: name} of i.npy, in order. Raises InputError if there are none, or two of one number."""
-    names = [name for name in names if name.endswith(".npy") and Path(name).stem.isdecimal()]
-    found = {int(Path(name).stem): name for name in names}
+    found = {}
+    for name in names:
+        stem = Path(name).stem
+        if name.endswith(".npy") and stem.isdecimal():
+            if int(stem) in found:
+                raise InputError(f"{where} holds {found[int(stem)]} and {name}, of one number; convert each folder "
+                                 "by itself")
+            found[int(stem)] = name
     if not found:
         raise InputError(f"{where} holds neither img-mean-std-*.npy nor 0.npy, 1.npy, ...")
-    twice = next((name for name in names if found[int(Path(name).stem)] != name), None)
-    if twice:
-        raise InputError(f"{where} holds {twice} and {found[int(Path(twice).stem)]}, of one number; convert each "
-                         "folder by itself")
     return dict(sorted(found.items()))
 
 
