@@ -452,9 +452,7 @@ def open_run(argv: list[str] | None) -> tuple[Run, dict]:
                          "makes those of a folder or ZIP so")
     facts = dict(num_classes=classes)
     if first.dtype != torch.uint8:
-        std, mean = torch.std_mean(source.read(0, source.n).float(), (0, 2, 3), correction=0)
-        # unclipped, as latents must be, eps would multiply errors by 20,291 at t = T
-        facts |= dict(channels=channels, mean=mean.tolist(), std=std.tolist(), predict="v")
+        facts |= facts_of_latents(source.read(0, source.n))
     config = preset_config(s.model, flags | {"image_size": height}, **facts)
     if bool(config.mean) != (first.dtype != torch.uint8):
         raise InputError(f"one of {source.name} and what the run was trained on holds latents, one images")
@@ -473,6 +471,13 @@ def open_run(argv: list[str] | None) -> tuple[Run, dict]:
     if processes.number == 0:
         start_run(folder, dict(model=asdict(config), train=asdict(s)), run.state.lines)
     return run, given
+
+
+def facts_of_latents(latents: torch.Tensor) -> dict:
+    """What a model of such latents, float (N, C, H, W), is made for, and predicts unless told otherwise:
+    unclipped, as they must be, eps would multiply errors by 20,291 at t = T."""
+    std, mean = torch.std_mean(latents.float(), (0, 2, 3), correction=0)
+    return dict(channels=len(mean), mean=mean.tolist(), std=std.tolist(), predict="v")
 
 
 RUN_FILES = ("config.json", "metrics.jsonl")  # what a run writes before its first save

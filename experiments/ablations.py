@@ -4,8 +4,9 @@
     python experiments/ablations.py --only profile,restart --seeds 3
     python experiments/ablations.py --model DiT-S/2 --image-size 32 --steps 800000 --batch-size 128     the paper's
 
-NA-LR appendix C (Figures 10, 11, 13 to 17) and E.1 (Table 5). The paper judges most of them by FID; here it is the
-loss of eps on held-out images, in all and per noise group, beside the multiply-adds of the training. Variants:
+NA-LR appendix C (Figures 10, 11, 13 to 17) and E.1 (Table 5). The paper judges two of them by FID (profile,
+curriculum), the others by training losses, by iterations or not at all; here it is the loss of eps on held-out
+images, in all and per noise group, beside the multiply-adds of the training. Variants:
 
     rho-min      0.3 to 0.6, and `static`, the model that is not noise-adaptive (iso-compute keeps the average
                  cost: the smaller rho_min, the larger r_max)
@@ -104,8 +105,8 @@ def folder_name(change: dict, method: str, train_flags: list[str], steps: int, s
 
 
 def until_all_in(lines: list[dict], groups: int) -> tuple[int | None, int]:
-    """After how many steps the last of the curriculum's groups came (None: it did not), and how many came.
-    Plateaus are noticed at log lines, so a stage that a line is the first to show began at the line before."""
+    """After how many steps the last of the curriculum's groups came (None: it did not), and how many came. Counted to
+    the log line before: there plateaus are noticed; what the share of the steps brings comes up to a line later."""
     came = (before["step"] for before, line in zip([{"step": 0}, *lines], lines) if line["stage"] == groups - 1)
     return next(came, None), lines[-1]["stage"] + 1
 

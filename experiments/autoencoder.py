@@ -120,7 +120,9 @@ def main():
         loss.backward()
         optimizer.step()
         rate.step()
-        if step % 100 == 99:
+        if step % 100 == 99 or step == args.steps - 1:
+            if not torch.isfinite(loss):
+                raise InputError(f"the loss stopped being finite before step {step + 1}; lower --lr or --kl")
             left = (time.time() - start) / (step + 1) * (args.steps - step - 1)
             show_progress(f"step {step + 1}/{args.steps}, loss {loss.item():.4f}, {duration(left)} left")
     end_progress()

@@ -222,7 +222,7 @@ def main():
             if isinstance(value, float):
                 print(f"{key}: {value:.3f}")
         results[what][batch] = found
-    print(f"\nlargest rate of a matrix product: {peak.rate:.3g} multiply-adds a second")
+    print(f"\nmedian rate of a large matrix product: {peak.rate:.3g} multiply-adds a second")
     if args.out:
         plot.write_json(args.out, results | {"peak": peak.rate})
 

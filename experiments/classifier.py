@@ -85,6 +85,8 @@ def predict(model: Classifier, read, n: int, device: torch.device) -> torch.Tens
 def training_data(args) -> tuple[Dataset, Dataset]:
     """To train on, and to hold out. Raises InputError."""
     if args.dataset == "shapes":
+        if args.test:
+            raise InputError("--test: shapes has a test split of its own; leave it out")
         # a seed of its own: train.py draws seed 0, and judging a model by the very images it was
         # trained on would reward memorising them
         return tuple(load("shapes", args.data_dir, split, args.image_size, num, args.seed)
@@ -176,6 +178,8 @@ def load_classifier(path: Path, device: torch.device, test: Dataset | None = Non
             state = torch.load(path, map_location="cpu", weights_only=True)
         model = Classifier(**state["config"])
         model.load_state_dict(state["model"])
+        if not {"classes", "dataset", "accuracy", "n_test"} <= state.keys():
+            raise ValueError("it lacks entries")
     except FileNotFoundError:
         raise InputError(f"no classifier {path}; train one with --dataset ... --out {path}") from None
     except Exception as error:  # whatever else a foreign file makes of itself

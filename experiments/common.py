@@ -8,6 +8,7 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +32,11 @@ GROUP_NAMES = [f"{first}-{end - 1}" for first, end in zip(GROUP_EDGES, GROUP_EDG
 # Images, flags
 
 
-def add_image_flags(parser: Parser, default_size: str = "16") -> None:
-    """default_size: in words, for --help"""
+def add_image_flags(parser: Parser, default_size: str = "16", default_dataset: str = "cifar10, downloaded once") -> None:
+    """The defaults in words, for --help"""
     add = parser.add_argument
     add("--dataset", default="cifar10", metavar="NAME|PATH", help=f"what to train on, or was trained on: "
-        f"{', '.join(DATASETS)}, or a folder, .zip or .npz (default cifar10, downloaded once)")
+        f"{', '.join(DATASETS)}, or a folder, .zip or .npz (default {default_dataset})")
     add("--test", metavar="NAME|PATH", help="images to hold out; needed with a PATH (default: the test split of a "
         "named dataset)")
     add("--data-dir", default="data", metavar="DIR", help="where datasets and caches are kept (default data)")
@@ -179,9 +180,12 @@ def run_flags(args: Namespace, **settings) -> list[str]:
 
 
 def read_run_flags(flags: list[str], images: Dataset) -> tuple[train.Settings, Config]:
-    """What train.py will make of a command line and of images like these. Raises InputError."""
+    """What train.py will make of a command line and of images, or latents, like these; but for the statistics of
+    latents, which are those of the training set. Raises InputError."""
     _, s, given, _ = train.read_command_line(flags)
-    return s, preset_config(s.model, given, image_size=images.images.shape[-1], num_classes=len(images.classes))
+    facts = {} if images.images.dtype == torch.uint8 else train.facts_of_latents(images.images)
+    return s, preset_config(s.model, given, image_size=images.images.shape[-1], num_classes=len(images.classes),
+                            **facts)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -233,15 +237,17 @@ def held_out_loss(model: DiT, dataset: Dataset, per_group: int = 1000, seed: int
 # Runs
 
 
-def check_length(folder: Path, steps: int) -> None:
-    """Raises InputError if the folder holds a run of another length: its learning rate took another course."""
+def check_settings(folder: Path, flags: list[str], names: Iterable[str] = ("dataset", "steps", "lr", "dtype")) -> None:
+    """Raises InputError if the folder holds a run of other settings than `flags`, those of train.py, in what that lets
+    a resumed run change: a comparison takes runs that were trained alike from their first step."""
+    now = asdict(train.read_command_line(flags)[1])
     try:
-        before = json.loads((folder / "config.json").read_text())["train"]["steps"]
+        was = json.loads((folder / "config.json").read_text())["train"]
+        differ = [f"{flag(name)} {was[name]}, not {now[name]}" for name in names if was[name] != now[name]]
     except (OSError, ValueError, KeyError, TypeError):
         return  # there is none, or train.py will say what is wrong with it
-    if before != steps:
-        raise InputError(f"{folder} is a run of {before} steps, not {steps}; ask for as many as then, or choose "
-                         "another --out")
+    if differ:
+        raise InputError(f"{folder} is a run of {differ[0]}; ask for the same as then, or choose another --out")
 
 
 def open_run(folder: Path, flags: list[str]) -> train.Run:
@@ -266,6 +272,7 @@ def train_and_measure(folder: Path, flags: list[str], depends: dict, device: tor
     or found finished. Measured once for the same flags, weights and what else the measurement `depends` on."""
     result = measured(folder, flags, depends, name)
     if result is None:
+        check_settings(folder, flags)
         train.main(["--resume", "--out", str(folder), *flags])
         result = measure(load_model(folder, device)[0], folder)
         of = dict(flags=flags, weights=sha256_of(folder / "model.pt"), **depends)

@@ -129,17 +129,16 @@ def measure_run(model: DiT, folder: Path, one: Entry, test: Dataset, judge: clas
 # What differs
 
 
-def interval(a: list[float], b: list[float], rows: list[list[float]]) -> tuple[float, float | None]:
-    """mean(a) - mean(b), and half the width of its 95 % interval by Student's t. The variance over seeds is pooled
-    over all `rows` that have several runs, as in an analysis of variance: two or three values alone say little
-    about theirs, and rows of one run can be judged, too. None where no row has several. Nothing is corrected for the
-    number of comparisons."""
-    difference, several = float(np.mean(a) - np.mean(b)), [x for x in rows if len(x) > 1]
-    freedom = sum(len(x) - 1 for x in several)
-    if not freedom:
+def interval(a: list[float], b: list[float]) -> tuple[float, float | None]:
+    """mean(a) - mean(b), and half the width of its 95 % interval after Welch (1947): some rows spread several times as
+    much over their seeds as others, so variances are not pooled. None where one of them has a single run, or neither
+    spreads. Nothing is corrected for the number of comparisons."""
+    difference = float(np.mean(a) - np.mean(b))
+    if min(len(a), len(b)) < 2 or np.ptp(a) == np.ptp(b) == 0:
         return difference, None
-    variance = sum(np.var(x, ddof=1) * (len(x) - 1) for x in several) / freedom
-    return difference, float(stats.t.ppf(0.975, freedom) * math.sqrt(variance * (1 / len(a) + 1 / len(b))))
+    variances = np.array([np.var(x, ddof=1) / len(x) for x in (a, b)])  # of the means
+    freedom = variances.sum() ** 2 / sum(variances**2 / [len(a) - 1, len(b) - 1])
+    return difference, float(stats.t.ppf(0.975, freedom) * variances.sum() ** 0.5)
 
 
 def verdict(difference: float, half: float | None) -> str:
@@ -155,9 +154,7 @@ def compare_rows(rows: dict, this: str, that: str, measures: list[str]) -> list[
     for measure in measures:
         values = {name: [run[measure] for run in row["runs"]] for name, row in rows.items()}
         if this in values and that in values:
-            alike = [values[name] for name, row in rows.items()  # those of another keep or target spread otherwise
-                     if name == this or row["keep"] == rows[that]["keep"] and row["row"] != "iso-compute-eps"]
-            difference, half = interval(values[this], values[that], alike)
+            difference, half = interval(values[this], values[that])
             relative = difference / np.mean(values[that]) if any(values[that]) else math.nan
             sign = -1 if measure.startswith("recognised") else 1  # more is better
             found.append({"this": this, "that": that, "measure": measure, "difference": difference, "+-": half,
@@ -172,7 +169,7 @@ def print_differences(rows: dict, keeps: list[float], measures: list[str]) -> li
             names = [row if row == "full" else f"{row}-{keep:g}" for row in (this, that)]
             found += compare_rows(rows, *names, measures)
     if found:
-        print("\nDifferences of means, +- half the 95 % interval; variance over seeds pooled over rows of one keep")
+        print("\nDifferences of means, +- half the 95 % interval over seeds (Welch)")
         plot.print_table(found, {"this": "", "that": "", "measure": "", "difference": "+.3g", "+-": ".2g",
                                  "relative": "+.1%", "verdict": ""})
     return found
@@ -289,11 +286,11 @@ def main():
     device, flags = pick_device(args.device), {}
     profiles = {}  # what is measured of a fitted row depends on the content of its file
     for name, one in runs.items():
-        common.check_length(args.out / name, args.steps)
         if one.row == "fitted":
             profiles[name] = sha256_of(one.flags["rank_profile"])
         own = dict(curriculum_groups=0, predict="v") | one.flags
         flags[name] = common.run_flags(args, seed=one.seed, steps=args.steps, guidance=args.guidances[-1], **own)
+        common.check_settings(args.out / name, flags[name])
     depends = {key: getattr(args, key) for key in ("test", "per_group", "num", "sampling_steps", "guidances")}
 
     if not args.report:

@@ -78,9 +78,9 @@ def distil(teacher: DiT, folder: Path, flags: list[str], origin: str) -> DiT:
     EMA of its weights. Goes on where it was stopped. origin: the SHA-256 of the teacher's file, which must then be
     the same."""
     s = train.read_command_line(flags)[1]
-    made_of, known = json.dumps([origin, s.steps, s.lr]).encode(), folder / "distilled.json"
+    made_of, known = json.dumps(origin).encode(), folder / "distilled.json"
     if known.exists() and known.read_bytes() != made_of:
-        raise InputError(f"{folder} holds a student of another teacher or other settings; choose another --out")
+        raise InputError(f"{folder} holds a student of another teacher; choose another --out")
     run = common.open_run(folder, flags)
     write_then_rename(known, lambda file: file.write(made_of))
     state, dtype = run.state, pick_dtype(s.dtype, run.processes.device)
@@ -215,17 +215,24 @@ def main():
     # everything that can be wrong is checked before anything is trained
     test = common.load_held_out(args, 10_000)
     settings, config = common.read_run_flags(flags_of("full", 0), test)
-    for of_seed in folders:
+    tuning = dict(method="static", steps=args.tune_steps, lr=args.tune_lr or settings.lr / 2, curriculum_groups=0,
+                  orthogonality=0, weighting="none", timesteps="uniform")
+
+    def tuning_flags(seed: int) -> list[str]:
+        return flags_of("full", seed) + common.as_flags(tuning)  # of a flag given twice the last one counts
+
+    for seed, of_seed in enumerate(folders):
         for name, folder in of_seed.items():
-            common.check_length(folder, steps[name])
+            if folder == args.teacher:
+                common.check_settings(folder, flags_of(name, seed), ["steps"])
+            else:
+                common.check_settings(folder, tuning_flags(seed) if name == "student" else flags_of(name, seed))
     if args.teacher:
         theirs = load_model(args.teacher, device)[0].config
-        if theirs != replace(config, keep=theirs.keep):
+        if theirs != replace(config, keep=theirs.keep, mean=theirs.mean, std=theirs.std):
             raise InputError(f"{args.teacher} is no full-rank model of these flags (it is {theirs.method}, "
                              f"predicts {theirs.predict}, for {theirs.num_classes} classes of "
                              f"{theirs.image_size}x{theirs.image_size} images); give its flags")
-    tuning = dict(method="static", steps=args.tune_steps, lr=args.tune_lr or settings.lr / 2, curriculum_groups=0,
-                  orthogonality=0, weighting="none", timesteps="uniform")
 
     results = {name: [] for name in MODELS}  # of every seed: (model, loss, loss by group, training multiply-adds)
     for seed, of_seed in enumerate(folders):
@@ -236,8 +243,7 @@ def main():
         print(f"\n{of_seed['student']}", flush=True)
         models = {name: load_model(of_seed[name], device)[0] for name in ("full", "iso-compute", "iso-param")}
         models["truncated"] = truncate(models["full"], args.keep)
-        flags = flags_of("full", seed) + common.as_flags(tuning)  # of a flag given twice the last one counts
-        models["student"] = distil(models["full"], of_seed["student"], flags,
+        models["student"] = distil(models["full"], of_seed["student"], tuning_flags(seed),
                                    sha256_of(of_seed["full"] / "model.pt"))
         spent = {name: common.spent(folder) for name, folder in of_seed.items()}
         spent["truncated"] = spent["full"]

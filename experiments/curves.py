@@ -10,7 +10,7 @@ run predicts, so that runs compare.
 A single line of a log is too noisy to be read. The lines are cut into --points stretches of equally many, and
 a point of a loss curve is the mean over the lines of a stretch, at the step in its middle. Lines in which no
 timestep of a group was drawn do not count for it; a stretch without others is a gap. The other charts show
-every line; the active rank is that of the stage's lowest timestep, in the layer with the most channels.
+every line; the active rank is the largest of the stage's timesteps, in the layer with the most channels.
 """
 
 import json

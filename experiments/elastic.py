@@ -144,6 +144,31 @@ def time_of_guidance(model: DiT, share: float, guides: list[float], turns: int =
     return [statistics.median(ratios[g]) for g in guides]
 
 
+def read_fitted(args, config: Config, shares: list[float]) -> dict[float, dict[str, tuple]]:
+    """{share: {objective: profile}} of the files of fit_ranks.py. Raises InputError if one of them has shares that were
+    not trained, or costs more than the constant share, and if --fit names a folder without any."""
+    folder, found = args.fit or args.runs[0] / "ranks", {share: {} for share in shares}
+
+    def cost(profile: tuple) -> int:
+        return flops.sampling(config, args.sampling_steps, shares=Shares(profile))
+
+    for share, objective in itertools.product(shares, fit_ranks.OBJECTIVES):
+        file = folder / f"{objective}-{share:g}.json"
+        if file.exists():
+            profile = read_profile(str(file))
+            least = min(part for _, part in profile)
+            if least < config.rho_min:
+                raise InputError(f"{file}: share {least:g} was not trained; these runs take {config.rho_min:g} to 1")
+            if cost(profile) > 1.001 * cost(((1, share),)):
+                raise InputError(f"{file} costs more than the constant share {share:g} at {args.sampling_steps} steps; "
+                                 "fit it by as many")
+            found[share][objective] = profile
+    if args.fit and not any(found.values()):
+        raise InputError(f"--fit {args.fit} holds no profile for {', '.join(f'{share:g}' for share in shares)}; "
+                         "experiments/fit_ranks.py writes them")
+    return found
+
+
 def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
@@ -170,6 +195,7 @@ def main():
         raise InputError("--sampling-steps takes at most 1000, --num at least 2")
     shares = common.choose_numbers("--shares", args.shares, config.rho_min, 1)
     guidances = common.choose_numbers("--guidances", args.guidances)
+    fitted = read_fitted(args, config, shares) if "profiles" in tables else {}
     held_out = common.every_second(common.held_out_for(args, dict(zip(args.runs, states))), 1)
     judged, results = JudgedOnce(args, models, held_out, device), {}
 
@@ -183,14 +209,12 @@ def main():
         show(rows)
 
     if "profiles" in tables:
-        rows, folder = [], args.fit or args.runs[0] / "ranks"
+        rows = []
         for share in shares:
             profiles = {"constant": ((1, share),)}
             profiles |= {name: scaled(shape, config, args.sampling_steps, share) for name, shape in SHAPES.items()}
-            for objective in fit_ranks.OBJECTIVES:
-                file = folder / f"{objective}-{share:g}.json"
-                if file.exists():
-                    profiles[f"fitted by {objective}"] = read_profile(str(file))
+            for objective, profile in fitted[share].items():
+                profiles[f"fitted by {objective}"] = profile
             for name, profile in profiles.items():
                 rows.append(row_of(judged, guidances, Shares(profile), share=share, profile=name))
         results["profiles"] = rows

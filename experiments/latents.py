@@ -36,11 +36,11 @@ def open_files(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
     return sorted(archive.namelist()), archive.read
 
 
-def read_array(content: bytes, name: str) -> np.ndarray:
+def read_array(read: Callable[[str], bytes], name: str) -> np.ndarray:
     """Raises InputError if it is no .npy of finite numbers."""
     try:
-        array = np.load(io.BytesIO(content), allow_pickle=False)
-        if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+        array = np.load(io.BytesIO(read(name)), allow_pickle=False)
+        if array.dtype.kind not in "fiu" or not array.size or not np.isfinite(array).all():
             raise ValueError("it does not hold finite numbers")
     except Exception as error:  # foreign bytes can fail in any way
         raise InputError(f"{name} is no .npy of latents or labels ({one_line(error)})") from None
@@ -75,7 +75,7 @@ def from_fast_dit(path: Path, labels: Path | None) -> tuple[np.ndarray, np.ndarr
     names, read = open_files(path)
     files, arrays = numbered(names, path), []
     for i, name in files.items():
-        array = read_array(read(name), name)
+        array = read_array(read, name)
         arrays.append((array[0] if array.ndim == 4 and len(array) == 1 else array).astype(np.float32))
         if len(arrays) % 1000 == 0:
             show_progress(f"{len(arrays):,} of {len(files):,} latents")
@@ -85,22 +85,28 @@ def from_fast_dit(path: Path, labels: Path | None) -> tuple[np.ndarray, np.ndarr
     of = numbered(label_names, labels)
     if list(of) != list(files):
         raise InputError(f"{labels} has {len(of)} labels that are not those of the {len(files)} latents in {path}")
-    values = [read_array(read_label(name), name).reshape(-1) for name in of.values()]
+    values = [read_array(read_label, name).reshape(-1) for name in of.values()]
     if any(len(value) != 1 or value[0] != int(value[0]) for value in values):
         raise InputError(f"{labels}: each file must hold one class number")
     return stack(arrays, list(files.values())), np.array([int(value[0]) for value in values])
 
 
+def is_mean_std(name: str) -> bool:
+    return Path(name).name.startswith("img-mean-std-") and name.endswith(".npy")
+
+
 def from_mean_std(path: Path, take_mean: bool, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
     """latents float32 (N, C, H, W), labels int64 (N,) or None. Raises InputError."""
     names, read = open_files(path)
-    files = [name for name in names if Path(name).name.startswith("img-mean-std-") and name.endswith(".npy")]
+    files = [name for name in names if is_mean_std(name)]
     rng, arrays = np.random.default_rng(seed), []
     for name in files:
-        array = read_array(read(name), name).astype(np.float32)
+        array = read_array(read, name).astype(np.float32)
         if array.ndim != 3 or len(array) % 2:
             raise InputError(f"{name} has the shape {array.shape}, not that of means and deviations, (2 C, H, W)")
         mean, std = np.split(array, 2)
+        if std.min() < 0:
+            raise InputError(f"{name} has negative deviations; its second half must hold the deviations")
         arrays.append(mean if take_mean else mean + std * rng.standard_normal(mean.shape, dtype=np.float32))
         if len(arrays) % 1000 == 0:
             show_progress(f"{len(arrays):,} of {len(files):,} latents")
@@ -110,8 +116,11 @@ def from_mean_std(path: Path, take_mean: bool, seed: int) -> tuple[np.ndarray, n
         try:
             of = {str(Path(name)): label for name, label in json.loads(read(listing))["labels"] or []}
             folder = Path(listing).parent
-            labels = np.array([int(of[str(Path(name).relative_to(folder))]) for name in files]) if of else None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            listed = [of[str(Path(name).relative_to(folder))] for name in files] if of else []
+            if any(type(label) is not int or abs(label) > 1e6 for label in listed):
+                raise ValueError("labels must be whole numbers")
+            labels = np.array(listed) if of else None
+        except Exception as error:  # foreign bytes can fail in any way
             raise InputError(f"{listing} does not name a class number for every file ({one_line(error)})") from None
     return stack(arrays, files), labels
 
@@ -128,7 +137,7 @@ def main():
     if args.out.suffix != ".npz":
         raise InputError(f"--out {args.out} must be FILE.npz")
     names, _ = open_files(args.source)
-    with_deviations = any(Path(name).name.startswith("img-mean-std-") for name in names)
+    with_deviations = any(map(is_mean_std, names))
     if args.labels if with_deviations else args.mean:
         raise InputError("--labels is for folders of i.npy, --mean for img-mean-std-*.npy, whose labels stand in "
                          "dataset.json")

@@ -28,7 +28,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,6 +101,8 @@ def read_command_line(argv: list[str] | None) -> tuple[Namespace, Settings]:
     check_fields(settings)
     if settings.width % settings.heads or settings.width % 2:
         raise InputError(f"--width {settings.width} must be even and divisible by the {settings.heads} heads")
+    if args.only and args.step != "table":
+        raise InputError(f"--only names methods of the step table; {args.step} takes none")
     args.only = args.only.split(";") if args.only else list(MAIN)
     args.only = [name.strip() for name in args.only]
     if unknown := [name for name in args.only if name not in METHODS]:
@@ -134,7 +136,10 @@ def ids(vocabulary: Vocabulary, sentence: str) -> torch.Tensor:
 def open_lab(args: Namespace, s: Settings) -> Lab:
     texts = text.read_texts(args.text)
     path = args.out / "base.pt"
-    base, vocabulary, settings = text_diffusion.load_base(path)
+    base, vocabulary, of_base = text_diffusion.load_base(path)
+    _, width, depth, heads = of_base["config"]
+    s = replace(s, width=width, depth=depth, heads=heads, base_steps=of_base["steps"], base_tokens=of_base["tokens"],
+                base_lr=of_base["lr"])
     if vocabulary.words != text.build_vocabulary(all_sentences(texts.train)).words:
         raise InputError(f"{path} is a base of other texts than {args.text}; give its --text, or another "
                          "--out")
@@ -476,12 +481,12 @@ def measure_costs(lab: Lab, rounds: int = 7) -> list[dict]:
     for row in rows:
         for name in ("step", "one", "batch", "long"):
             row[f"{name}_ms"] = float(np.median(times[row["method"], name]))
-    plot.write_json(lab.folder / "costs.json", dict(rows=rows, base=lab.base_sha, dtype=str(lab.dtype)))
+    plot.write_json(lab.folder / "costs.json", dict(of=made_from(lab)["costs"], rows=rows))
     return rows
 
 
 def one_step(lab: Lab, model: Adapted, train: Sentences, c: torch.Tensor) -> None:
-    """Forward and backward, of 64 sentences"""
+    """Forward and backward of 64 sentences, without the optimiser's update"""
     index = torch.arange(64) % len(train.length)
     with torch.autocast("cpu", lab.dtype, enabled=lab.dtype != torch.float32):
         loss = classify.label_loss(model, train, index, c, torch.Generator().manual_seed(0))
@@ -522,8 +527,15 @@ def make_composition(lab: Lab) -> list[dict]:
                                lab.instructions, lab.unseen, both, lab.dtype)
         found.append(dict(seed=seed, router_unseen=unseen, **result))
         print(f"composition, seed {seed}: router {unseen:.0%} of unseen paraphrases", flush=True)
-    plot.write_json(lab.folder / "composition.json", dict(seeds=found))
+    plot.write_json(lab.folder / "composition.json", dict(of=made_from(lab)["composition"], seeds=found))
     return found
+
+
+def made_from(lab: Lab) -> dict[str, list[str]]:
+    """What costs.json and composition.json depend on"""
+    of_seeds = compose_runs(lab, known_rates(lab, METHODS)).values()
+    return dict(costs=[lab.base_sha, str(lab.dtype)],
+                composition=[run_file(lab, run).name for runs in of_seeds for run in runs.values()])
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -585,9 +597,13 @@ def report(lab: Lab) -> None:
     saved = {}
     for name in ("costs", "composition"):
         try:
-            saved[name] = json.loads((lab.folder / f"{name}.json").read_text())
+            found = json.loads((lab.folder / f"{name}.json").read_text())
         except (OSError, ValueError):
             continue
+        if found.get("of") == made_from(lab)[name]:
+            saved[name] = found
+        else:
+            print(f"note: {name}.json is of another base or other settings, and left out")
     if "costs" in saved:
         print("\nCosts; ms are medians\n")
         plot.print_table(saved["costs"]["rows"], {"method": "", "trained": ",", "share": ".1%",

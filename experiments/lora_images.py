@@ -177,7 +177,7 @@ def pretrained(args, images, labels, dtype) -> DiT:
 
 
 def load_judge(args) -> classifier.Classifier:
-    path = args.out / "classifier.pt"
+    path = args.out / f"classifier-{args.judge_num}.pt"
     if not path.exists():
         classifier.main(["--image-size", str(args.image_size), "--out", str(path), "--device", "cpu", "--num",
                          str(args.judge_num)])
@@ -247,6 +247,7 @@ def main():
     new_images, new_labels = images[is_new], labels[is_new]
     if len(new_images) < 4:
         raise InputError(f"--train-num {args.train_num} holds too few images; give at least 20")
+    counts = sorted({min(count, len(new_images)) for count in COUNTS})
     base, judge = pretrained(args, images[~is_new], labels[~is_new], dtype), load_judge(args)
     test_images, test_labels = draw_shapes(1000, args.image_size, 99)
     held_out = test_labels >= NEW[0]
@@ -266,7 +267,7 @@ def main():
                       shared | dict(lr=lr),
                       lambda lr=lr: try_rate(lr)) for lr in rates]
         lr = min(zip(rates, tried), key=lambda pair: pair[1]["loss"])[0]
-        for count in COUNTS:
+        for count in counts:
             found = []
             for seed in range(args.seeds):
                 def run():
@@ -296,7 +297,7 @@ def report(args: Namespace, before: float, rows: list[dict]) -> None:
     plot.print_table(rows, {"method": "", "images": "", "trained": ",", "lr": "g", "new": ".1%",
                             "new_sd": ".1%", "old": ".1%", "old_sd": ".1%", "loss": ".4f"})
     by_method = {method: [row for row in rows if row["method"] == method] for method in RATES}
-    charts = [plot.line_chart({method: (np.log10(COUNTS), [100 * row[key] for row in some],
+    charts = [plot.line_chart({method: (np.log10([row["images"] for row in some]), [100 * row[key] for row in some],
                                         [100 * (row[f"{key}_sd"] or 0) for row in some])
                                for method, some in by_method.items()},
                               f"Recognised samples of the {words} classes", "log10 of images to adapt to",

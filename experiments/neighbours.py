@@ -46,7 +46,7 @@ from data import Dataset
 from model import Config, DiT
 from sample import save_npz
 from schedule import PREDICTIONS, T
-from script import Parser, flag, pick_device, positive_int, run_script, sha256_of
+from script import InputError, Parser, flag, pick_device, positive_int, run_script, sha256_of
 from train import Settings, loss_groups
 
 # ----------------------------------------------------------------------------------------------------
@@ -231,6 +231,8 @@ def read_command_line() -> Namespace:
                                                           for name in change)])
     common.settle_judge_flags(args)
     args.predicts = common.choose("--predicts", args.predicts, PREDICTIONS)
+    if args.best and (args.seeds == 1 or not args.num):
+        raise InputError("--best N repeats the N best by their samples: it needs --seeds of at least 2, and --num")
     only = common.choose("--only", args.only, CONTESTANTS)
     args.only = [name for name in CONTESTANTS if name in {"plain", *only, *(REFERENCE[name] for name in only)}]
     common.settle_image_flags(args)
@@ -266,7 +268,7 @@ def main():
     cells = [(predict, name) for predict in results for name in plan]
     for seed in range(args.seeds):
         if seed == 1 and args.best:
-            cells = best_cells(results, args.best, measures[-2] if judge else "loss")
+            cells = best_cells(results, args.best, measures[-2])
         for number, (predict, name) in enumerate(cells, 1):
             steps, expected = plan[name]
             print(f"\n{predict}, {name}, seed {seed}: {steps:,} steps; number {number} of {len(cells)}", flush=True)

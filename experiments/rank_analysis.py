@@ -13,7 +13,7 @@ tenth of each linear layer's parameters), and full rank on each group alone. The
     (c) B.4: what low rank adds to the held-out loss of eps, along t
     (d) B.6: the overlap of the groups' gradient subspaces in the full-rank model, over its checkpoints
 
-Gradients are those that training follows, of the loss of what the models predict. Weight matrices are the 2-D
+Gradients are those of the plain loss of what the models predict, without mirrored images or dropped labels. Weight matrices are the 2-D
 weights of the linear layers inside the blocks: adaLN, Q, K, V, Out and both MLP layers. Every figure is the mean
 over them; results.json has (a) and (b) for each matrix, too. Checkpoints hold the EMA of the weights, so that is
 what is measured. A model starts with zero adaLN and final layers (adaLN-Zero), through which no gradient passes to
@@ -326,7 +326,7 @@ def read_command_line():
     add("--per-timestep", type=positive_int, default=20, metavar="N", help="held-out images a t (default 20)")
     add("--seed", type=seed_number, default=0, metavar="N", help="of everything (default 0)")
     args = common.parse_flags(parser, ("--method", "--keep", "--save-every", "--curriculum-groups", "--timesteps",
-                                       "--compile", "--slices"))
+                                       "--compile", "--slices", "--weighting", "--noise"))
     for flag, steps in (("--steps", args.steps), ("--group-steps", args.group_steps)):
         if steps % args.checkpoints or steps < 10 * args.checkpoints:
             parser.error(f"{flag} {steps} must be a multiple of --checkpoints {args.checkpoints}, ten times it or "
@@ -348,9 +348,9 @@ def main():
     for folder in ranges:
         steps = args.group_steps if folder in alone else args.steps
         method = dict(method="static", keep=KEEP) if folder.name == "low_rank" else dict(method="full")
-        common.check_length(folder, steps)
         flags[folder] = common.run_flags(args, **method, steps=steps, save_every=steps // args.checkpoints,
                                          seed=args.seed)
+        common.check_settings(folder, flags[folder])
         _, config = common.read_run_flags(flags[folder], test)
     for folder, (first, last) in ranges.items():
         train_on(folder, flags[folder], first, last)

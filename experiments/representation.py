@@ -12,8 +12,8 @@ At each noise level t, with x_t = alpha x_0 + sigma eps, alpha = sqrt(ab_t), sig
     (4) 2.2, Fig. 4: the empirical neural tangent kernel (NTK): how training at one t moves the answers at another,
         and its spectrum at each t
 
-The floor is exact, and that of the *empirical* distribution: x_0 is one of the run's training images (or of the first
---train-images of them; mirrored ones count where training mirrors), of the class that the model is told, so
+The floor is exact, and that of the *empirical* distribution: x_0 is one of the run's training images (or of
+--train-images of them, at random; mirrored ones count where training mirrors), of the class that the model is told, so
 E[x_0 | x_t] is their mean, weighted by a softmax. Who reaches it has memorised the images: at low noise x_t names its
 image, and the floor is zero. A model that generalises cannot, and should not, reach it there: that part of its loss is
 not waiting to be optimised away. The held-out loss says which it is: near the training loss, the model generalises.
@@ -302,17 +302,23 @@ def print_table(rows: list[dict], kernel: dict, target: str) -> None:
 # The script
 
 
+def random_part(dataset: Dataset, n: int, seed: int) -> Dataset:
+    """n images at random, of all classes: those of folders come class by class."""
+    index = torch.randperm(len(dataset.images), generator=torch.Generator().manual_seed(seed))[:n]
+    return Dataset(dataset.name, dataset.images[index], dataset.labels[index], dataset.classes)
+
+
 def read_command_line() -> Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--run", type=Path, required=True, metavar="DIR", help="folder of a run of train.py")
-    common.add_image_flags(parser, "the run's")
-    parser.set_defaults(dataset=None, data_dir=None)  # the run's
-    add("--train-images", type=positive_int, metavar="N", help="of the run's dataset, the first N: the floor is then "
+    common.add_image_flags(parser, "the run's", "the run's")
+    parser.set_defaults(dataset=None, data_dir=None)
+    add("--train-images", type=positive_int, metavar="N", help="of the run's dataset, N at random: the floor is then "
         "that of these alone (default: all)")
     add("--levels", default=LEVELS, metavar="T,...", help=f"timesteps (default {LEVELS})")
     add("--samples", type=positive_int, default=1000, metavar="N", help="images for (1) to (3) (default 1000)")
-    add("--ntk-samples", type=positive_int, default=16, metavar="N", help="images for (4) (default 16)")
+    add("--ntk-samples", type=positive_int, default=16, metavar="N", help="of these, for (4) (default 16)")
     add("--directions", type=positive_int, default=4, metavar="N", help="random output directions for (4) (default 4)")
     add("--seed", type=seed_number, default=0, metavar="N", help="of images, noise and directions (default 0)")
     add("--out", type=Path, metavar="DIR", help="where results go (default RUN/representation)")
@@ -338,7 +344,9 @@ def main():
     args.dataset, args.data_dir = args.dataset or s.dataset, args.data_dir or s.data_dir
     held_out = common.held_out_for(args, {args.run: state})
     training = load(args.dataset, args.data_dir, "train", args.image_size, seed=s.seed)
-    images, labels = training.images[:args.train_images], training.labels[:args.train_images]
+    if args.train_images:
+        training = random_part(training, args.train_images, args.seed)
+    images, labels = training.images, training.labels
     mirrors = s.flip and not model.config.mean
     if mirrors:  # as likely in training
         images, labels = torch.cat([images, images.flip(3)]), labels.repeat(2)

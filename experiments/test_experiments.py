@@ -188,6 +188,9 @@ def test_flags_for_train(monkeypatch):
     args = common.parse_flags(parser, ["--method"])
     assert common.run_flags(args, seed=3)[-5:] == ["--seed", "3", "--predict", "eps", "--compile"]
     assert args.batch_size == 8 and common.read_run_flags(common.run_flags(args), shapes(10))[1].predict == "eps"
+    few_latents = data.Dataset("latents", torch.randn(20, 4, 8, 8), torch.zeros(20, dtype=torch.int64), ["0"])
+    config = common.read_run_flags(["--model", "DiT-S/2"], few_latents)[1]  # as train.py makes it
+    assert (config.predict, config.channels, config.image_size, len(config.mean)) == ("v", 4, 8, 4)
 
 
 def test_differences_are_paired_by_seed():
@@ -390,8 +393,8 @@ def test_rank_analysis_script(few, tmp_path):
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("model*.pt")}
     runs(rank_analysis, *flags)
     assert results_in(tmp_path) == results and {p: p.stat().st_mtime_ns for p in before} == before
-    refuses(rank_analysis, *flags, "--steps", 80, says=("full is a run of 40 steps, not 80", "--out"))
-    refuses(rank_analysis, *flags, "--group-steps", 40, says=("t_1-33 is a run of 20 steps, not 40", "--out"))
+    refuses(rank_analysis, *flags, "--steps", 80, says=("full is a run of --steps 40, not 80", "--out"))
+    refuses(rank_analysis, *flags, "--group-steps", 40, says=("t_1-33 is a run of --steps 20, not 40", "--out"))
     checkpoint, settings = (tmp_path / "full" / name for name in ("model_0000020.pt", "config.json"))
     checkpoint.unlink()
     refuses(rank_analysis, *flags, says="model_0000020.pt does not exist")
@@ -556,7 +559,7 @@ def test_claims_of_erd():
 
 
 def test_representation_script(few, elastic_run, tmp_path):
-    """Of a run's own images, mirrored where training mirrors; of the first --train-images alone when asked."""
+    """Of a run's own images, mirrored where training mirrors; of --train-images of them alone when asked."""
     run, _ = elastic_run
     flags = ["--run", run, *few[2:4], "--samples", 6, "--ntk-samples", 2, "--directions", 2, "--levels", "20,990,500"]
     out = runs(representation, *flags, "--out", tmp_path)
@@ -571,6 +574,10 @@ def test_representation_script(few, elastic_run, tmp_path):
     assert results["levels"][1]["targets"]["eps"]["held_out"] == pytest.approx(losses.mean().item(), rel=1e-4)
     assert "that of 20 images" in runs(representation, *flags, "--train-images", 10)
     assert (run / "representation" / "figure.png").exists()
+    by_class = data.Dataset("folders", torch.arange(200).view(200, 1, 1, 1), torch.arange(200) // 20, [*"abcdefghij"])
+    part = representation.random_part(by_class, 60, 0)  # not of the first classes alone
+    assert len(part.images.unique()) == 60 and part.labels.bincount().min() >= 2
+    assert torch.equal(part.images.flatten() // 20, part.labels)
     for odd, says in ((["--levels", "5"], "--levels"), (["--levels", "5,7.5"], "--levels"), (["--samples", 1], "--samples"),
                       (["--levels", "0,5"], "--levels"), (["--seed", -1], "--seed"), (["--run", tmp_path], "model.pt"),
                       (["--dataset", tmp_path / "none"], "no dataset"), (["--train-images", 0], "at least 1")):
@@ -807,14 +814,13 @@ def test_order_and_time_of_the_compared_runs():
 
 
 def test_interval_of_a_difference():
-    """Two rows of equal size: Student's two-sample test, which scipy has; the variance is pooled over all rows."""
-    a, b, c = [1.0, 1.2, 1.7], [2.0, 2.5, 2.1], [5.0, 9.0]
-    (mean, half), theirs = compare.interval(a, b, [a, b, [4.0]]), scipy.stats.ttest_ind(a, b).confidence_interval(0.95)
-    assert mean == pytest.approx(-0.9) and (mean - half, mean + half) == pytest.approx((theirs.low, theirs.high))
-    # squared deviations 0.26, 0.14 and 8 with 2 + 2 + 1 degrees of freedom; t(0.975, 5) = 2.5706
-    found = compare.interval([3.0], a, [a, b, c, [3.0]])
-    assert found == pytest.approx((1.7, 2.570582 * (8.4 / 5 * (1 + 1 / 3)) ** 0.5), rel=1e-5)
-    assert compare.interval([3.0], [1.0], [[3.0], [1.0]]) == (2.0, None)
+    """Welch's, which scipy has; a row of one seed has none."""
+    a, b, still = [1.0, 1.2, 1.7], [5.0, 9.0], [2.0, 2.0, 2.0]
+    (mean, half), theirs = compare.interval(a, b), scipy.stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    assert mean == pytest.approx(-5.7) and (mean - half, mean + half) == pytest.approx((theirs.low, theirs.high))
+    # alone a spreads: variance 0.13 of three, 2 degrees of freedom; t(0.975, 2) = 4.30265
+    assert compare.interval(a, still) == pytest.approx((-0.7, 4.30265 * (0.13 / 3) ** 0.5), rel=1e-5)
+    assert compare.interval([3.0], a)[1] is None and compare.interval(still, [1.0, 1.0]) == (1.0, None)
     verdicts = [compare.verdict(*x) for x in ((-2, 1), (2, 1), (-0.5, 1), (-2, None))]
     assert verdicts == ["better", "worse", "not told apart", "no spread known"]
 
@@ -878,8 +884,11 @@ def test_compare_script(few, tmp_path):
     out = runs(compare, *flags, "--per-group", 6, "--only", "static-0.25-s0")
     assert "11 of 12 are missing" in out and (run / measured).stat().st_mtime_ns > before
     refuses(compare, *flags, "--ema-decay", "0.1", says=("cannot resume", "--ema-decay"))
+    shutil.copy(few[1], tmp_path / "copy.npz")
+    for changed, value in (("--lr", "0.1"), ("--dtype", "bfloat16"), ("--dataset", tmp_path / "copy.npz")):
+        refuses(compare, *flags, changed, value, says=("static-0.25-s0 is a run of", changed, "--out"))  # and finished
     for more in (["--only", "static-0.5-s0"], ["--report"]):
-        refuses(compare, *flags, "--steps", 6, *more, says=("s0 is a run of 4 steps, not 6", "--out"))
+        refuses(compare, *flags, "--steps", 6, *more, says=("s0 is a run of --steps 4, not 6", "--out"))
     assert not (tmp_path / "static-0.5-s0").exists()
     out = runs(compare, *flags, "--rows", "fitted", "--keeps", "0.25", "--fit", tmp_path / "fit", "--objective", "elbo")
     net = opened(tmp_path / "fitted-0.25-s1")[0]
@@ -1052,13 +1061,13 @@ def test_fit_and_judge_scripts(few, elastic_run, tmp_path):
         assert scaled == tuple((t, pytest.approx(share / largest)) for t, share in profile)
     file = tmp_path / "fit" / "elbo-0.5.json"
     assert "less than with all channels" in runs(sample, "--run", run, "--ranks", file, "--num", 4, "--steps", 2)
-    table = [*flags, "--num", 4, "--sampling-steps", 2, "--shares", "0.5,0.25", "--fit", tmp_path / "fit", "--out", tmp_path]
+    table = [*flags, "--num", 4, "--sampling-steps", 4, "--shares", "0.5,0.25", "--fit", tmp_path / "fit", "--out", tmp_path]
     out = runs(elastic, "--runs", run, run, *table)
     assert "fitted by rollout" in out and "± 0.00" in out and Image.open(tmp_path / "elastic.png").width > 600
     tables = json.loads((tmp_path / "results.json").read_text())["tables"]
     row = next(row for row in tables["budgets"] if row["share"] == 0.5)
     net, test = opened(run)[0], common.every_second(data.load(str(few[3])), 1)
-    images, labels = sample.draw_images(net, range(4), [*range(10)], steps=2, guidance=2.0,
+    images, labels = sample.draw_images(net, range(4), [*range(10)], steps=4, guidance=2.0,
                                         shares=schedule.Shares(((1, 0.5),)))
     wanted = classifier.Judge(judge, test, CPU)(images, labels)
     assert row["frechet, w 2"] == pytest.approx(2 * [wanted["frechet"]]) and row["recognised, w 2"][0] == wanted["recognised"]
@@ -1069,6 +1078,10 @@ def test_fit_and_judge_scripts(few, elastic_run, tmp_path):
     runs(elastic, "--runs", run, run, *table, "--only", "budgets,profiles")
     assert (tmp_path / "judged.json").stat().st_mtime_ns == before
     refuses(elastic, "--runs", run, *table, "--shares", "0.05", says=("--shares", "0.1"))
+    for shares, says in (([0.05, 0.2], "share 0.05 was not trained"), ([1, 1], "costs more than the constant share 0.5")):
+        (tmp_path / "loss-0.5.json").write_text(json.dumps(dict(t=[1, 500], share=shares)))
+        refuses(elastic, "--runs", run, *table, "--fit", tmp_path, says=("loss-0.5.json", says))
+    refuses(elastic, "--runs", run, *table, "--fit", run, says="holds no profile for 0.5, 0.25")
     save_npz(tmp_path / "large.npz", *data.draw_shapes(40, 16, 1)), save_npz(tmp_path / "few.npz", *data.draw_shapes(10, 8, 1))
     for name, says in (("large", "other classes or another size"), ("few", "at least 20")):
         images = ["--dataset", tmp_path / f"{name}.npz", "--test", tmp_path / f"{name}.npz", *few[4:6], "--classifier", judge]
@@ -1139,6 +1152,8 @@ def test_from_images_to_latents_and_back(few, tmp_path):
          tmp_path / "x.npz")
     assert np.load(tmp_path / "x.npz")["arr_0"].shape == (2, 8, 8, 3)
     refuses(autoencoder, *few[:6], "--width", 9, says="multiple of 8")
+    refuses(autoencoder, *few[:6], "--kl", 1e39, "--steps", 2, "--width", 8, "--out", tmp_path / "nan", says="finite")
+    assert not (tmp_path / "nan").exists()
     refuses(autoencoder, "--dataset", tmp_path / "ae" / "latents.npz", "--test", few[3], says="other classes or another")
 
 
@@ -1195,8 +1210,20 @@ def test_latents_of_other_people(tmp_path):
     refuses(latents, tmp_path / "z", "--out", out, says=("3.npy", "(3, 2, 2)"))
     (edm / "dataset.json").write_text('{"labels": [["x.npy", 1]]}')
     refuses(latents, edm, "--out", out, says="dataset.json")
+    for label in ("2.5", "true", "Infinity", "1e9"):
+        (edm / "dataset.json").write_text(json.dumps({"labels": listing}).replace(f", {labels[0]}]", f", {label}]"))
+        refuses(latents, edm, "--out", out, says="dataset.json")
+    (edm / "dataset.json").unlink()
+    np.save(path, np.concatenate([z[0], -np.ones_like(z[0])]))
+    refuses(latents, edm, "--out", out, says="negative deviations")
     np.save(path, z[0, :3])
     refuses(latents, edm, "--out", out, says="means and deviations")
+    np.save(path, np.zeros((4, 0, 2)))
+    refuses(latents, edm, "--out", out, says="finite numbers")
+    content = bytearray((tmp_path / "edm.zip").read_bytes())
+    content[content.index(b"NUMPY") + 200] ^= 255  # in the first member
+    (tmp_path / "damaged.zip").write_bytes(content)
+    refuses(latents, tmp_path / "damaged.zip", "--out", out, says="is no .npy of latents")
     refuses(latents, tmp_path / "none", "--out", out, says="neither a folder nor a ZIP")
 
 
@@ -1310,9 +1337,9 @@ def test_compress_script(few, tmp_path):
     assert results_in(tmp_path / "p")["rows"] == results["rows"]
     refuses(compress, *flags, "--teacher", folder / "iso-param", says="no full-rank model")
     refuses(compress, *given, folder / "full", "--predict", "eps", says=("no full-rank model", "predicts v"))
-    refuses(compress, *flags, "--tune-lr", 1e-4, says="other settings")
+    refuses(compress, *flags, "--tune-lr", 1e-4, says="student is a run of --lr")
     for flag, name in (("--steps", "full"), ("--adaptive-steps", "iso-compute"), ("--tune-steps", "student")):
-        refuses(compress, *flags, flag, 9, says=(f"{name} is a run of", "steps, not 9", "--out"))
+        refuses(compress, *flags, flag, 9, says=(f"{name} is a run of --steps", "not 9", "--out"))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1403,7 +1430,8 @@ REFUSED = [  # scripts, flags in which ODD is a folder, words of the answer
     (EVERY[1:3], "--classifier ODD/nothing.pt", "nothing.pt is not a classifier"),
     (EVERY[1:3], "--classifier ODD/fewer.pt", "fewer.pt is of other classes"),
     ([neighbours], "--predicts u", "x0"), ([neighbours], "--predict v", "--predict"),
-    ([neighbours], "--best 0", "--best"), ([compare], "--only full-s7", "elastic-s2"),
+    ([neighbours], "--best 0", "--best"), ([neighbours], "--best 1", "--seeds"),
+    ([neighbours], "--best 1 --seeds 2 --num 0", "--num"), ([compare], "--only full-s7", "elastic-s2"),
     ([compare], "--report", "no finished run"), ([compress], "--keep 0", "--keep"),
     ([compress], "--tune-lr -1", "--tune-lr"), ([compress], "--teacher ODD", "config.json"),
     ([compress], "--teacher ODD --seeds 2", "--seeds"), ([rank_analysis], "--steps 45", "multiple"),
@@ -1417,6 +1445,8 @@ REFUSED = [  # scripts, flags in which ODD is a folder, words of the answer
     ([classifier], "--dataset ODD/oblong.npz", "(3, 8, 12); a classifier takes square images of bytes"),
     ([classifier], "--dataset ODD/latents.npz", "float32 (3, 8, 8); a classifier takes square images of bytes"),
     ([classifier], "--generated ODD/oblong.npz", "square"),
+    ([classifier], "--dataset shapes --test ODD/fewer.npz", "leave it out"),
+    ([classifier], "--generated ODD/fewer.npz --classifier ODD/half.pt", "not a classifier"),
     ([classifier, rank_analysis], f"--seed {10**20}", "seed")]
 
 
@@ -1432,6 +1462,8 @@ def test_bad_input_is_one_line(module, few, tmp_path):
     for name in ("nothing.pt", "nothing.features.pt"):
         (odd / name).touch()
     runs(classifier, "--dataset", odd / "fewer.npz", "--steps", 2, "--device", "cpu", "--out", odd / "fewer.pt")
+    whole = torch.load(odd / "fewer.pt", weights_only=True)
+    torch.save({key: whole[key] for key in ("config", "model")}, odd / "half.pt")
     for modules, flags, says in REFUSED:
         if module in modules:
             known = new if module in EVERY else new[:2] + new[4:6] + new[8:]  # it has no --test by default

@@ -777,6 +777,10 @@ def test_the_whole_script(tmp_path):
     kept = next((out / "runs").glob("*lora-diffusion-s0*.pt"))
     result = json.loads(kept.with_suffix(".json").read_text())["result"]
     assert kept.stat().st_size == result["bytes"]
+    code, said, _ = cli(lora_diffusion, "report", *flags[:4], "--steps", 7)  # with what is of these settings alone
+    results = json.loads((out / "results.json").read_text())
+    assert "composition.json is of another base or other settings" in said and "composition" not in results
+    assert "costs" in results and (results["settings"]["width"], results["settings"]["base_steps"]) == (24, 6)
 
     other = write_texts(tmp_path / "other", [(f"other words are in here {i} {i} {i}", i % 2)
                                              for i in range(24)])
@@ -788,6 +792,7 @@ def test_the_whole_script(tmp_path):
 
 @pytest.mark.parametrize("flags, says", [
     (["dance"], "invalid choice"), (["table", "--only", "magic"], "'magic' is unknown"),
+    (["costs", "--only", "head only"], "--only names methods of the step table"),
     (["table", "--steps", "0"], "--steps 0 must be"), (["table", "--width", "25"], "divisible"),
     (["pretrain", "--text", "nowhere"], "--text takes a folder"),
     (["pretrain", "--base-lr", "2"], "--base-lr 2")])
@@ -831,14 +836,15 @@ def test_an_adapted_dit_starts_as_the_dit(small_dit):
 def test_images_from_end_to_end(small_dit, tmp_path, monkeypatch):
     judge = classifier.Classifier(10, 8, 4).eval()
     monkeypatch.setattr(lora_images, "load_judge", lambda args: judge)
-    monkeypatch.setattr(lora_images, "COUNTS", (4, 6))
+    monkeypatch.setattr(lora_images, "COUNTS", (4, 6, 1000))
     monkeypatch.setattr(lora_images, "RATES", {name: (1e-3,) for name in lora_images.RATES})
     flags = ["--out", tmp_path, "--image-size", 8, "--steps", 3, "--adapt-steps", 2, "--seeds", 1, "--num", 9,
              "--sampling-steps", 2, "--train-num", 60]
     for _ in range(2):
         code, said, err = cli(lora_images, *flags)
         assert code == 0, err
-    assert "are recognised" in said and len(json.loads((tmp_path / "results.json").read_text())["rows"]) == 8
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert "are recognised" in said and [row["images"] for row in rows] == 4 * [4, 6, 12]  # there are no more
     assert "step" not in said  # the second time everything was there
     refuses(*flags, "--steps", 4, module=lora_images, says="base of other settings")
     refuses(*flags, "--sampling-steps", 2000, module=lora_images, says="at most 1000")
