@@ -8,6 +8,7 @@ CIFAR-10 takes 154 MB. So there are no worker processes, and no file is read whi
 import functools
 import hashlib
 import io
+import json
 import logging
 import math
 import os
@@ -112,8 +113,8 @@ SHAPES = {
 
 def draw_shapes(n: int, size: int = 16, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws n images, uint8 (n, 3, size, size), and their labels, int64 (n,): image i is of class i % 10.
-    Random are colour (bright), ground (dark), radius, place (wholly inside) and a rotation of up to 10
-    degrees. Antialiased by 4 x 4 points a pixel. The same seed draws the same images."""
+    Random are colour (bright), ground (dark), radius, place (inside, but for tips of a few triangles) and a
+    rotation of up to 10 degrees. Antialiased by 4 x 4 points a pixel. Seed and n decide the images."""
     g = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % len(SHAPES)
     radius = 0.8 + 0.15 * torch.rand(n, generator=g)  # of half the image's side
@@ -179,7 +180,8 @@ def decode(source: Source, data_dir: str = "data") -> Dataset:
         images[i:i + 4096] = source.read(i, i + 4096)
         show_progress(f"decoding {source.name}: {min(i + 4096, source.n):,} of {source.n:,} images")
     end_progress()
-    write_then_rename(cache, lambda file: np.save(file, images.numpy()))
+    with suppress(OSError):  # a full disk, or one of others, costs time the next time
+        write_then_rename(cache, lambda file: np.save(file, images.numpy()))
     return Dataset(source.name, images, labels, source.classes)
 
 
@@ -253,14 +255,15 @@ def _from_files(path: Path, stamps: dict, size: int | None, crop: int | None = N
     names.sort(key=lambda name: name.split("/"))  # no run may depend on the order of a file system
     if not names:
         raise InputError(f"{path} holds no images ({' '.join(IMAGE_ENDINGS)})")
-    folders = [name.split("/")[:-1] for name in names]
-    while all(folders) and len({f[0] for f in folders}) == 1:  # one folder around everything is no class
-        folders = [f[1:] for f in folders]
-    if any(folders) and not all(folders):
-        raise InputError(f"{path}: {names[folders.index([])]!r} lies beside class folders; move it into one")
-    classes = sorted({f[0] for f in folders if f})
-    number = {name: label for label, name in enumerate(classes)}
-    labels = torch.tensor([number[f[0]] for f in folders]) if classes else None
+    if "dataset.json" in stamps:  # of EDM's or StyleGAN's dataset_tool.py, whose folders are no classes
+        with _refusing(f"{path}: dataset.json does not tell the class number of every image"):
+            with open_file("dataset.json") as file:
+                listed = json.load(file)["labels"]  # [["00000/img00000000.png", 6], ...], or null
+            of = dict(listed) if listed else None
+            numbers = None if of is None else np.array([of[name] for name in names])
+        labels, classes = _numbered_classes(path, numbers, len(names))
+    else:
+        labels, classes = _class_folders(path, names)
 
     def decode(name: str) -> np.ndarray:
         with _refusing(f"{path}: {name!r} is not a readable image; repair or remove it"):
@@ -272,7 +275,11 @@ def _from_files(path: Path, stamps: dict, size: int | None, crop: int | None = N
     def read(i: int, j: int) -> torch.Tensor:
         with catch_warnings(action="ignore"):  # of Pillow, whose threads must have ended before it is left
             futures = [THREADS.submit(decode, name) for name in names[i:j]]
-            wait(futures)
+            try:
+                wait(futures)
+            finally:  # Ctrl-C: what waits in the queue would be decoded before the end
+                for future in futures:
+                    future.cancel()
             images = [future.result() for future in futures]
             shape = first_shape()
         for name, image in zip(names[i:j], images):
@@ -286,6 +293,27 @@ def _from_files(path: Path, stamps: dict, size: int | None, crop: int | None = N
     return Source(str(path), len(names), read, labels, classes, key.hexdigest())
 
 
+def _class_folders(path: Path, names: list[str]) -> tuple[torch.Tensor | None, list[str]]:
+    """Labels int64 (n,) and the names of the classes, from those of the folders; None and [] without any."""
+    folders = [name.split("/")[:-1] for name in names]
+    while all(folders) and len({f[0] for f in folders}) == 1:  # one folder around everything is no class
+        folders = [f[1:] for f in folders]
+    if any(folders) and not all(folders):
+        raise InputError(f"{path}: {names[folders.index([])]!r} lies beside class folders; move it into one")
+    classes = sorted({f[0] for f in folders if f})
+    number = {name: label for label, name in enumerate(classes)}
+    return torch.tensor([number[f[0]] for f in folders]) if classes else None, classes
+
+
+def _numbered_classes(path: Path, labels: np.ndarray | None, n: int) -> tuple[torch.Tensor | None, list[str]]:
+    """The same from class numbers (n,)."""
+    if labels is None:
+        return None, []
+    if labels.shape != (n,) or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() > 9_999:
+        raise InputError(f"{path}: `labels` is {labels.dtype} {labels.shape}, not {n} numbers to 9,999")
+    return torch.from_numpy(labels.astype(np.int64)), [str(label) for label in range(int(labels.max()) + 1)]
+
+
 def _pixels(data: bytes, size: int | None, crop: int | None) -> np.ndarray:
     """An image file as uint8 (H, W, 3): upright, in RGB, and transparent pixels composited on black."""
     image = Image.open(io.BytesIO(data), formats=FORMATS)  # reads the header alone
@@ -295,6 +323,7 @@ def _pixels(data: bytes, size: int | None, crop: int | None) -> np.ndarray:
         raise ValueError(f"it has pixels of mode {image.mode}, 8 bits per channel are needed")
     if image.tile and image.tile[0][0] == "libtiff":  # prints what it finds wrong, and trusts sizes of tiles
         raise ValueError("compressed TIFF is not read, save it as PNG")
+    image.getexif(), image.info.pop("exif", None)  # or all tags would be written anew, and some cannot be
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
@@ -327,14 +356,9 @@ def _npz(path: Path, archive: zipfile.ZipFile, size: int | None) -> Source:
         raise InputError(f"{path}: the images are {images.dtype} {images.shape}, not uint8 (N, H, W, 3)")
     if size not in (None, images.shape[1]):
         raise InputError(f"{path} is taken as it is, in {images.shape[1:3]} pixels; leave --image-size out")
-    n, classes = len(images), []
-    if labels is not None:
-        if labels.shape != (n,) or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() > 9_999:
-            raise InputError(f"{path}: `labels` is {labels.dtype} {labels.shape}, not {n} numbers to 9,999")
-        classes = [str(label) for label in range(int(labels.max()) + 1)]
-        labels = torch.from_numpy(labels.astype(np.int64))
+    labels, classes = _numbered_classes(path, labels, len(images))
     images = torch.from_numpy(images).permute(0, 3, 1, 2)  # (N, C, H, W)
-    return Source(str(path), n, lambda i, j: images[i:j], labels, classes)
+    return Source(str(path), len(images), lambda i, j: images[i:j], labels, classes)
 
 
 def _cifar10(data_dir: Path, split: str, size: int | None) -> Source:

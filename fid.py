@@ -45,7 +45,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
         |mu1 - mu2|^2 + tr sigma1 + tr sigma2 - 2 tr (sigma1 sigma2)^(1/2)
 
     mu (D,), sigma (D, D), arrays or CPU tensors; computed in float64. sigma may be rank deficient, as it is
-    with fewer images than dimensions. Raises InputError if shapes do not match or a number is not finite.
+    with fewer images than dimensions. Raises InputError if shapes do not match, a number is not finite, or
+    sigma is no covariance.
 
     The last trace needs no matrix square root. Write sigma1 = C C^T; then sigma1 sigma2 and the symmetric
     matrix C^T sigma2 C have the same non-zero eigenvalues, and the trace is the sum of their square roots.
@@ -63,7 +64,11 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     c = np.zeros((d, rank))
     c[pivots - 1] = np.tril(factor)[:, :rank]  # LAPACK counts from 1
     eigenvalues = torch.linalg.eigvalsh(torch.from_numpy(c.T @ sigma2 @ c))  # (rank,)
-    trace_of_root = eigenvalues.clamp(min=0).sqrt().sum().item()  # below 0 is rounding: the matrix is PSD
+    # what the factor leaves of a covariance is rounding, and so are eigenvalues below 0
+    left = np.trace(sigma1) - np.square(c).sum()
+    if abs(left) > 1e-3 * np.trace(sigma1) or (rank and eigenvalues.min() < -1e-3 * eigenvalues.max()):
+        raise InputError("sigma is no covariance: it has negative eigenvalues")
+    trace_of_root = eigenvalues.clamp(min=0).sqrt().sum().item()
     distance = np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_of_root
     return max(0.0, float(distance))  # equal sides come out at +-1e-12
 
@@ -291,7 +296,7 @@ STATISTICS = ("mu", "sigma", "n", "features")  # of Side, in a .npz of statistic
 
 
 def save_statistics(path: Path, side: Side, *more: str) -> None:
-    """Writes the STATISTICS (EDM, pytorch-fid and the ADM suite read mu and sigma) and what else is named."""
+    """Writes the STATISTICS (EDM and pytorch-fid read mu and sigma) and what else is named."""
     arrays = {key: getattr(side, key) for key in STATISTICS + more if getattr(side, key) is not None}
     write_then_rename(path, lambda file: np.savez(file, **arrays))
 
@@ -387,6 +392,8 @@ def main():
     if args.pr_num < 0:
         raise InputError(f"--pr-num {args.pr_num}: give 0 for no precision and recall, or a number of images")
     if args.save_stats:
+        if args.save_stats.is_dir():
+            raise InputError(f"--save-stats {args.save_stats} is a folder; give FILE.npz")
         check_writable(args.save_stats, "--save-stats")
     device = pick_device(args.device)
     torch.backends.cudnn.allow_tf32 = False  # 10-bit products would move the features in the third digit
@@ -414,7 +421,7 @@ def main():
 
     if min(side.n or 10_000 for side in (generated, reference)) < 10_000:
         print("warning: below 10,000 images the distance is biased upwards, the more the fewer: compare only "
-              f"runs of as many ({generated.n} and {reference.n})", file=sys.stderr)
+              f"runs of as many ({generated.n or '?'} and {reference.n or '?'})", file=sys.stderr)
     if precision is not None and len(real) != len(fake):
         print(f"warning: precision and recall of {len(fake):,} and {len(real):,} images are not comparable "
               "with those of equal numbers; --num or --pr-num makes them equal", file=sys.stderr)

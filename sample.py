@@ -10,6 +10,7 @@ low-rank layer multiplies by its first Phi(t) channels only. Read schedule.py an
 """
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -244,10 +245,12 @@ def save_grid(path: Path, images: torch.Tensor, columns: int) -> None:
     save_png(path, make_grid(images, nrow=columns, padding=2))
 
 
-def save_npz(path: Path, images: torch.Tensor, labels: torch.Tensor) -> None:
-    """What fid.py and train.py read: uint8 images (n, 3, H, W), as ADM's arr_0 (n, H, W, 3), or latents."""
+def save_npz(path: Path, images: torch.Tensor, labels: torch.Tensor | None) -> None:
+    """What fid.py and train.py read: uint8 images (n, 3, H, W), as ADM's arr_0 (n, H, W, 3), or latents; and
+    labels where there are classes."""
     arrays = dict(latents=images) if images.is_floating_point() else dict(arr_0=images.permute(0, 2, 3, 1))
-    write_then_rename(path, lambda file: np.savez(file, **arrays, labels=labels))
+    arrays |= {} if labels is None else dict(labels=labels)
+    write_then_rename(path, lambda file: np.savez(file, **arrays))
 
 
 def save_model(path: Path, model: DiT, classes: list[str], guidance: float, step: int) -> None:
@@ -281,14 +284,14 @@ def choose_classes(text: str, names: list[str]) -> list[int]:
         return list(range(len(names)))
     if not names:
         raise InputError("this model was trained without classes; leave --classes out")
-    chosen = []
-    for word in map(str.strip, text.split(",")):
-        c = names.index(word) if word in names else int(word) if word.isdecimal() and len(word) < 10 else -1
-        if not 0 <= c < len(names):
-            raise InputError(f"class {word!r} is unknown: give numbers from 0 to {len(names) - 1} "
-                             f"({', '.join(names[:20])}), or all")
-        chosen.append(c)
-    return chosen
+    index = {name: label for label, name in enumerate(names)}
+    if not all(map(str.isdecimal, names)):  # or 1 would be the class 1 and the second one
+        index = {str(label): label for label in range(len(names))} | index
+    words = [word.strip() for word in text.split(",")]
+    if unknown := [word for word in words if word not in index]:
+        raise InputError(f"class {unknown[0]!r} is unknown: give numbers from 0 to {len(names) - 1} or names "
+                         f"({', '.join(names[:20])}), or all")
+    return [index[word] for word in words]
 
 
 @dataclass(frozen=True)
@@ -411,7 +414,7 @@ def main():
         if (value := getattr(o, word)) != getattr(Options, word):
             name += f"_{word}-{Path(value).stem if word == 'ranks' else value}"
     out = Path(o.out or run / "samples" / (name + (".npz" if as_latents else ".png")))
-    if not o.out and len(out.name.encode()) > 200:
+    if not o.out and len(os.fsencode(out.name)) > 200:
         raise InputError("--classes is too long for the name of a file; name one by --out")
     as_folder = out.suffix not in (".png", ".npz")
     check_out(out, as_folder)
@@ -440,11 +443,11 @@ def main():
             labels.append(drawn_labels)
     end_progress()
     if out.suffix == ".npz":
-        save_npz(out, torch.cat(images), torch.cat(labels))
+        save_npz(out, torch.cat(images), torch.cat(labels) if classes else None)
     elif out.suffix == ".png":
         save_grid(out, torch.cat(images), grid_columns(len(classes)))
         if len(classes) == grid_columns(len(classes)):
-            columns = [classes[(o.first + i) % len(classes)] for i in range(len(classes))]
+            columns = [classes[(o.first + i) % len(classes)] for i in range(min(o.num, len(classes)))]
             print("columns:", ", ".join(state["classes"][c] for c in columns))
     guided_by = f", guidance {guidance:g}" if guidance != 1 else ""
     print(f"{o.num} images, {o.sampler} {o.steps} steps{guided_by}: {out}")

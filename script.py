@@ -148,6 +148,8 @@ def check_fields(values) -> None:
             limits = {"at least": m["low"], "above": m["above"], "at most": m["high"]}
             limits = " and ".join(f"{word} {limit}" for word, limit in limits.items() if math.isfinite(limit))
             wanted = f"a {'whole' if kind is int else 'finite'} number" + (f", {limits}" if limits else "")
+            if type(value) in (int, kind) and abs(value) >= 2**63:
+                wanted += ", below 2**63"
         if not fits:
             raise InputError(f"{flag(f.name)} {str(value)[:60]} must be {wanted}")
 
@@ -172,11 +174,12 @@ def pick_device(name: str) -> torch.device:
 
 def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
     """The data type of matrix products: as named, or by default bfloat16 on CUDA and float32 elsewhere."""
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for the few float32 products beside autocast
+    name = name or ("bfloat16" if device.type == "cuda" else "float32")
+    if device.type == "cuda":  # TF32 for the few float32 products beside autocast; not where all are meant
+        torch.set_float32_matmul_precision("high" if name == "bfloat16" else "highest")
     elif device.type == "cpu":
         _keep_large_blocks()
-    return getattr(torch, name or ("bfloat16" if device.type == "cuda" else "float32"))
+    return getattr(torch, name)
 
 
 def _keep_large_blocks() -> None:
@@ -196,11 +199,17 @@ class Processes:
     """The processes that torchrun has started, or this one alone. Only number 0 speaks and writes."""
 
     def __init__(self, device: torch.device):
-        self.number, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = device
+        self.number, self.count, self.device = 0, 1, device
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            try:
+                self.number, self.count, local, _ = (
+                    int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"))
+            except (KeyError, ValueError) as error:
+                raise InputError(f"RANK and WORLD_SIZE are set, but not as torchrun does ({error}); start by "
+                                 "torchrun, or unset them") from None
         if self.count > 1:
             if device.type == "cuda":
-                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                self.device = torch.device("cuda", local)
                 torch.cuda.set_device(self.device)
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
             atexit.register(dist.destroy_process_group)
@@ -362,7 +371,7 @@ def start_run(folder: Path, config: dict, log_lines: int) -> None:
 
 
 def claim_folder(folder: Path) -> None:
-    """Makes the folder, removes what a kill has left half written, and locks it as long as this process
+    """Makes the folder, removes what a kill has left half written in it, and locks it as long as this process
     lives. Raises InputError if another process writes to it."""
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(ImportError):  # Windows: nothing keeps two apart there
@@ -371,7 +380,9 @@ def claim_folder(folder: Path) -> None:
         lock = os.open(folder / ".lock", os.O_CREAT | os.O_WRONLY, 0o666)  # a bare number: nothing closes it
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise InputError(f"another process writes to {folder}; wait, or choose another --out") from None
+        except OSError as error:  # of other kinds on a file system that knows no locks
+            if isinstance(error, (BlockingIOError, PermissionError)):
+                raise InputError(f"another process writes to {folder}; wait, or choose another "
+                                 "--out") from None
     for leftover in folder.glob(".*.[0-9]*.tmp"):  # as `write_then_rename` names them
         leftover.unlink()

@@ -21,6 +21,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 import tracemalloc
 import warnings
 import zipfile
@@ -1103,6 +1104,39 @@ def test_folder_zip_and_npz_are_the_same_dataset(folder):
     assert torch.equal(flat.images, images[:6]) and flat.classes == [] and not flat.labels.any()
 
 
+def test_archives_of_edm_have_the_classes_of_their_listing(folder):
+    """dataset_tool.py writes folders of a thousand images, which are no classes, and the numbers in dataset.json."""
+    path, images, _ = folder
+    names = [f"{file.parent.name}/{file.name}" for file in sorted(path.rglob("*.png"))]
+    numbers = [3, 0, 1] * 4
+    for listed, expected in ((list(zip(names, numbers)), numbers), (None, [0] * 12)):
+        (path / "dataset.json").write_text(json.dumps({"labels": listed}))
+        dataset = data.load(str(path))
+        assert torch.equal(dataset.images, images) and dataset.labels.tolist() == expected
+        assert dataset.classes == (["0", "1", "2", "3"] if listed else [])
+    for text in ("[", "{}", '{"labels": [["x.png", 1]]}', json.dumps({"labels": [[name, 0.5] for name in names]}),
+                 json.dumps({"labels": [[name, -1] for name in names]})):
+        (path / "dataset.json").write_text(text)
+        with pytest.raises(script.InputError, match="dataset.json|labels"):
+            data.open_source(str(path))
+
+
+def test_decoding_ends_when_asked_to(folder, monkeypatch):
+    """Ctrl-C does not wait for what stands in the queue; and a cache that cannot be written costs no training."""
+    path, images, _ = folder
+    decoded, patient = [], data.wait
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "THREADS", ThreadPoolExecutor(1))
+        patch.setattr(data, "_pixels", lambda *_: decoded.append(0) or time.sleep(0.05))
+        patch.setattr(data, "wait", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            data.open_source(str(path)).read(0, 12)
+        data.THREADS.shutdown()
+    assert len(decoded) < 12 and data.wait is patient
+    Path("file").touch()
+    assert torch.equal(data.load(str(path), "file").images, images)
+
+
 def test_a_folder_is_read_whole_or_refused(folder):
     """What cannot be read is not left out in silence, and nothing is read for ever."""
     path, *_ = folder
@@ -1136,6 +1170,7 @@ def test_images_are_seen_upright_and_cropped_to_the_centre(tmp_path):
     """Where --image-size is given; a camera that was turned says by how much (6: 90 degrees to the right)."""
     exif, pixels = Image.Exif(), np.pad(np.uint8([[200, 90]] * 2), [(1, 1), (0, 0)], constant_values=7)
     exif[0x0112] = 6
+    exif[0x9203] = -3  # an ill-typed tag, which Pillow reads, and cannot write
     seen = load_files(tmp_path, {"a.png": png(pixels, exif=exif)}, image_size=2).images
     assert seen[0, 0].tolist() == [[200, 200], [90, 90]]
 
@@ -1518,10 +1553,12 @@ def test_a_grid_that_is_asked_otherwise_has_another_name(elastic_run):
             (["--first", 4, "--classes", "3,star,0"], "first-4_classes-3,star,0", "star, circle, triangle"),
             (["--classes", "3,star", "--no-clip"], "classes-3,star_clip-False", "triangle, star"),
             (["--guidance", 1.5, "--budget", 0.5], "guidance-1.5_budget-0.5", ", ".join(data.SHAPES)),
-            (["--guide-share", 0.25], "guide_share-0.25", "circle"),
-            (["--guide-share", 0.25, "--guide-class", "same"], "guide_share-0.25_guide_class-same", "circle")):
-        assert f"columns: {columns}" in done(sample, "--run", "r", "--num", 1, "--steps", 2, *arguments)
-        assert Path(f"r/samples/ddim2_seed0_num-1_{name}.png").exists()
+            (["--guide-share", 0.25], "guide_share-0.25", ", ".join(data.SHAPES)),
+            (["--guide-share", 0.25, "--guide-class", "same"], "guide_share-0.25_guide_class-same",
+             ", ".join(data.SHAPES))):
+        assert f"columns: {columns}\n" in done(sample, "--run", "r", "--num", 10, "--steps", 2, *arguments)
+        assert Path(f"r/samples/ddim2_seed0_num-10_{name}.png").exists()
+    assert "columns: circle, ring\n" in done(sample, "--run", "r", "--num", 2, "--steps", 1)  # what there is
     refuses(sample, "--run", "r", "--classes", ",".join("3" * 200), says=("too long", "--out"))
 
 
@@ -1578,6 +1615,8 @@ def test_flags_and_checks_come_from_the_fields(capsys):
                   dict(rate=10**400), dict(rate=None), dict(mode=["a"]), dict(mode={}), dict(on=1), dict(hidden="3")):
         with pytest.raises(script.InputError, match="--" + next(iter(wrong))):
             script.check_fields(Knobs(**wrong))
+    with pytest.raises(script.InputError, match="above 0, below"):
+        script.check_fields(Knobs(rate=1e300))
     for module in (train, sample, flops):  # --help teaches
         assert f"python {module.__name__}.py" in done(module, "--help")
 
@@ -1789,6 +1828,8 @@ def test_images_without_classes(monkeypatch):
     assert config.num_classes == 0 and s.image_size is None
     out = done(sample, "--run", folder, "--num", 2, "--steps", 2, "--guidance", 3, "--out", "x.png")
     assert "note: --guidance has no effect" in out and "guidance 3" not in out and Path("x.png").exists()
+    done(sample, "--run", folder, "--num", 2, "--steps", 2, "--out", "y.npz")
+    assert data.load("y.npz").classes == []  # or a model of them would have one
     refuses(sample, "--run", folder, "--classes", "0", says="without classes")
     refuses(train, "--resume", "--out", folder, "--image-size", 16, says="leave --image-size out")
     assert "after step 2" in done(train, "--resume", "--out", folder, "--steps", 3, "--image-size", 8)
@@ -1823,6 +1864,48 @@ def test_flags_without_effect_are_named(arguments, without_effect):
     assert sorted(line.split()[1] for line in notes) == sorted(f"--{name}" for name in without_effect.split())
 
 
+def test_labels_that_are_not_trained_are_named(monkeypatch):
+    """As a note: "no class" or all others, and classes without an image, as labels from 1 on have."""
+    monkeypatch.setitem(model.PRESETS, "tiny", ONE_BLOCK)
+    np.savez("x.npz", images=np.zeros((12, 8, 8, 3), np.uint8), labels=1 + np.arange(12) % 3)
+    for dropout, says in ((0, "sample with --guidance 1"), (1, "sample with --guidance 0"), (0.1, "")):
+        out = done(train, "--dataset", "x.npz", "--model", "tiny", "--steps", 1, "--batch-size", 2, "--sample-every", 0,
+                   "--device", "cpu", "--label-dropout", dropout, "--out", f"r{dropout}")
+        notes = [line for line in out.splitlines() if line.startswith("note:")]
+        assert len(notes) == 1 + bool(says) and says in notes[0] and "no image is of class 0;" in notes[-1]
+
+
+def test_classes_go_by_name_or_number():
+    """By name alone where the names are numbers."""
+    assert sample.choose_classes("1, star,0", ["circle", "ring", "star"]) == [1, 2, 0]
+    assert sample.choose_classes("1,10", ["1", "10", "2"]) == [0, 1]
+    with pytest.raises(script.InputError, match="class '0' is unknown"):
+        sample.choose_classes("1,0", ["1", "10", "2"])
+
+
+def test_what_the_surroundings_say(monkeypatch, tmp_path):
+    """float32 means float32 on CUDA, too; half of torchrun's variables are no processes, wrong ones a line; a file system
+    without locks keeps nobody from training."""
+    try:
+        for name, precision in (("float32", "highest"), (None, "high"), ("bfloat16", "high")):
+            script.pick_dtype(name, torch.device("cuda"))
+            assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    monkeypatch.setenv("RANK", "1")
+    assert (script.Processes(CPU).number, script.Processes(CPU).count) == (0, 1)
+    for size in ("2", "x"):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        with pytest.raises(script.InputError, match="torchrun"):
+            script.Processes(CPU)
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(fcntl, "lockf", Mock(side_effect=OSError(38, "Function not implemented")))
+    script.claim_folder(tmp_path / "r")
+    monkeypatch.setattr(fcntl, "lockf", Mock(side_effect=BlockingIOError))
+    with pytest.raises(script.InputError, match="another process writes"):
+        script.claim_folder(tmp_path / "r")
+
+
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path, monkeypatch):
     quick_training("--steps", 6, "--save-every", 5, "--lr", "1e-3", "--out", tmp_path / "r")
     good, real = (tmp_path / "r" / "state.pt").read_bytes(), train.to_unit
@@ -1853,6 +1936,7 @@ TRAIN_REFUSES = [
     *((train, ["--out", "r", *arguments], says) for arguments, says in TRAIN_REFUSES),
     *((fid, ["shapes", "shapes", name, "1" + "0" * 30], (name, "at most"))
       for name in ("--num", "--image-size", "--batch-size")),
+    *((fid, ["shapes", "shapes", "--save-stats", path], "is a folder") for path in (".", "", "/")),
     *((flops, arguments, ("flops.py: ", says)) for arguments, says in (
         (["--keep", 1.5], "--keep"), (["--model", "DiT-S/8", "--image-size", 20], "divisible"),
         (["--run", "x"], "--run"), (["--sampling-steps", 2000], "1 to 1000"),
@@ -1970,6 +2054,7 @@ def test_resume_refuses_what_does_not_belong_together(run, tmp_path):
     folder = tmp_path / "r"
     shutil.copytree(run, folder)
     refuses(train, "--resume", "--out", folder, *images_of_nothing(), says=("--dataset 12 images", "has 20000 images"))
+    refuses(train, "--resume", "--out", tmp_path, says="holds no run")  # the name of the run forgotten
     config = json.loads((run / "config.json").read_text())
     for part, name, value, says in (
             ("train", "lr", "fast", "--lr"), ("train", "bell", 1, "bell"), ("train", "dtype", "int", "--dtype"),
@@ -2158,6 +2243,9 @@ def test_frechet_distance_of_a_point():
     eye = np.eye(3)
     assert fid.frechet_distance(np.zeros(3), eye, np.zeros(3), eye) == pytest.approx(0, abs=1e-12)
     assert fid.frechet_distance(np.zeros(3), 0 * eye, np.ones(3), eye) == pytest.approx(6)
+    for sides in ((1 - eye / 2, eye), (eye, 1 - eye / 2)):  # eigenvalues 2.5, -0.5, -0.5
+        with pytest.raises(script.InputError, match="no covariance"):
+            fid.frechet_distance(np.zeros(3), sides[0], np.zeros(3), sides[1])
     with pytest.raises(script.InputError, match="same features"):
         fid.frechet_distance(np.zeros(3), eye, np.zeros(4), np.eye(4))
     for bad in (math.nan, math.inf, 1e80):  # max(0, nan) would be a perfect score

@@ -498,8 +498,8 @@ def read_command_line(argv: list[str] | None):
     folder, resume, flags = given.pop("out", None), given.pop("resume"), given
     if resume:
         folder = folder or newest_run(file="config.json")
-        if not given and not folder.exists():  # with others it may begin: a job killed early
-            raise InputError(f"--resume: {folder} does not exist; name the folder of a run")
+        if not given and not (folder / "config.json").exists():  # with flags it may begin: a job killed early
+            raise InputError(f"--resume: {folder} holds no run; name the folder of one")
         if (folder / "config.json").exists():
             config, s = read_config(folder)
             flags = asdict(config) | asdict(s) | given
@@ -585,6 +585,11 @@ def print_summary(run: Run, given: dict, dtype: torch.dtype) -> None:
                 print(f"note: {flag(name)} has no effect: {why}")
     if dataset.classes and s.label_dropout == 0:
         print('note: "no class" is not trained without --label-dropout: sample with --guidance 1')
+    if dataset.classes and s.label_dropout == 1:
+        print("note: no class is trained with --label-dropout 1: sample with --guidance 0")
+    known = set(dataset.labels.tolist())
+    if missing := [name for label, name in enumerate(dataset.classes) if label not in known]:
+        print(f"note: no image is of class {', '.join(missing[:10])}; leave it out in sample.py (--classes)")
 
 
 if __name__ == "__main__":
