@@ -576,7 +576,7 @@ def test_representation_script(few, elastic_run, tmp_path):
     assert (run / "representation" / "figure.png").exists()
     by_class = data.Dataset("folders", torch.arange(200).view(200, 1, 1, 1), torch.arange(200) // 20, [*"abcdefghij"])
     part = representation.random_part(by_class, 60, 0)  # not of the first classes alone
-    assert len(part.images.unique()) == 60 and part.labels.bincount().min() >= 2
+    assert len(part.images.unique()) == 60 and part.labels.bincount(minlength=10).min() >= 2
     assert torch.equal(part.images.flatten() // 20, part.labels)
     for odd, says in ((["--levels", "5"], "--levels"), (["--levels", "5,7.5"], "--levels"), (["--samples", 1], "--samples"),
                       (["--levels", "0,5"], "--levels"), (["--seed", -1], "--seed"), (["--run", tmp_path], "model.pt"),
@@ -618,6 +618,8 @@ def test_ablations_script(few, tmp_path, monkeypatch):
         patch.setattr(common, "held_out_loss", None)
         patch.setattr(torch.optim.AdamW, "step", None)
         assert again() == row
+    shutil.copy(few[1], tmp_path / "copy.npz")  # a finished run of other images is not one of these
+    refuses(ablations, *command, "curriculum", "--dataset", tmp_path / "copy.npz", says=("is a run of --dataset", "copy"))
     # other held-out samples, a damaged record, other weights: measured again
     assert [again("--per-group", 4)["loss"], again()["loss"]] == [held_out_loss(net, few, 4)[0], row["loss"]]
     (folder / "measured.json").write_text('{"step": 20')
@@ -1210,9 +1212,10 @@ def test_latents_of_other_people(tmp_path):
     refuses(latents, tmp_path / "z", "--out", out, says=("3.npy", "(3, 2, 2)"))
     (edm / "dataset.json").write_text('{"labels": [["x.npy", 1]]}')
     refuses(latents, edm, "--out", out, says="dataset.json")
-    for label in ("2.5", "true", "Infinity", "1e9"):
+    for label, says in (("2.5", "dataset.json"), ("true", "dataset.json"), ("Infinity", "dataset.json"),
+                        (str(10**30), "expected are 0 to 9999")):
         (edm / "dataset.json").write_text(json.dumps({"labels": listing}).replace(f", {labels[0]}]", f", {label}]"))
-        refuses(latents, edm, "--out", out, says="dataset.json")
+        refuses(latents, edm, "--out", out, says=says)
     (edm / "dataset.json").unlink()
     np.save(path, np.concatenate([z[0], -np.ones_like(z[0])]))
     refuses(latents, edm, "--out", out, says="negative deviations")
