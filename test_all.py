@@ -1168,9 +1168,9 @@ def test_images_are_decoded_once(folder, tmp_path, monkeypatch):
 
 def test_images_are_seen_upright_and_cropped_to_the_centre(tmp_path):
     """Where --image-size is given; a camera that was turned says by how much (6: 90 degrees to the right)."""
-    exif, pixels = Image.Exif(), np.pad(np.uint8([[200, 90]] * 2), [(1, 1), (0, 0)], constant_values=7)
-    exif[0x0112] = 6
-    exif[0x9203] = -3  # an ill-typed tag, which Pillow reads, and cannot write
+    pixels = np.pad(np.uint8([[200, 90]] * 2), [(1, 1), (0, 0)], constant_values=7)
+    odd, turned = bytes([3, 1, 2, 0, 2, 0, 0, 0, *b"x", 0, 0, 0]), bytes([18, 1, 3, 0, 1, 0, 0, 0, 6, 0, 0, 0])
+    exif = b"II*\0" + bytes([8, 0, 0, 0, 2, 0]) + odd + turned + bytes(4)  # the odd tag Pillow reads, and cannot write
     seen = load_files(tmp_path, {"a.png": png(pixels, exif=exif)}, image_size=2).images
     assert seen[0, 0].tolist() == [[200, 200], [90, 90]]
 
