@@ -1988,7 +1988,7 @@ def test_train_script_leaves_files_of_others_alone(name, tmp_path):
 def test_train_script_keeps_a_run_that_is_there(run):
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     refuses(train, "--out", run, says=("already holds a run", "--resume"))
-    refuses(train, "--resume", "--out", run / "none", says="does not exist")
+    refuses(train, "--resume", "--out", run / "none", says="holds no run")
     resume = ["--resume", "--out", run]
     refuses(train, *resume, "--keep", 0.5, "--seed", 3, says=("--keep 0.5 (the run has 0.25)", "--seed 3"))
     refuses(train, *resume, "--predict", "eps", says="--predict eps (the run has v)")

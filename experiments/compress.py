@@ -81,6 +81,7 @@ def distil(teacher: DiT, folder: Path, flags: list[str], origin: str) -> DiT:
     made_of, known = json.dumps(origin).encode(), folder / "distilled.json"
     if known.exists() and known.read_bytes() != made_of:
         raise InputError(f"{folder} holds a student of another teacher; choose another --out")
+    common.check_settings(folder, flags)
     run = common.open_run(folder, flags)
     write_then_rename(known, lambda file: file.write(made_of))
     state, dtype = run.state, pick_dtype(s.dtype, run.processes.device)

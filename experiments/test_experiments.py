@@ -1309,8 +1309,9 @@ def test_stopped_distillation_goes_on_to_the_same_bits(few, tmp_path, monkeypatc
     straight, resumed = (distil(teacher, few, tmp_path / name) for name in "ab")
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters()))
     assert [line["step"] for line in curves.read_log(tmp_path / "b")] == [2, 4]
-    for change in (dict(lr=1e-3), dict(keep=0.4), dict(origin="another"), dict(seed=5)):
-        with pytest.raises(script.InputError, match="other settings"):
+    for change, says in ((dict(lr=1e-3), "is a run of --lr"), (dict(keep=0.4), "other settings"),
+                         (dict(origin="another"), "another teacher"), (dict(seed=5), "other settings")):
+        with pytest.raises(script.InputError, match=says):
             distil(teacher, few, tmp_path / "b", **change)
     with pytest.raises(script.InputError, match="lower learning rate: train.py"):
         distil(teacher, few, tmp_path / "c", lr=1e18)
