@@ -14,7 +14,7 @@ import math
 import os
 import zipfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,11 +276,10 @@ def _from_files(path: Path, stamps: dict, size: int | None, crop: int | None = N
         with catch_warnings(action="ignore"):  # of Pillow, whose threads must have ended before it is left
             futures = [THREADS.submit(decode, name) for name in names[i:j]]
             try:
-                wait(futures)
-            finally:  # Ctrl-C: what waits in the queue would be decoded before the end
-                for future in futures:
-                    future.cancel()
-            images = [future.result() for future in futures]
+                images = list(map(Future.result, futures))
+            finally:  # on an error or Ctrl-C what waits in the queue is left
+                wait([future for future in futures if not future.cancel()])
+                del futures  # or a failed one would live on in its own traceback, and the open archive with it
             shape = first_shape()
         for name, image in zip(names[i:j], images):
             if image.shape != shape:
