@@ -259,8 +259,8 @@ def _from_files(path: Path, stamps: dict, size: int | None, crop: int | None = N
         with _refusing(f"{path}: dataset.json does not tell the class number of every image"):
             with open_file("dataset.json") as file:
                 listed = json.load(file)["labels"]  # [["00000/img00000000.png", 6], ...], or null
-            of = dict(listed) if listed else None
-            numbers = None if of is None else np.array([of[name] for name in names])
+            of = dict(listed or [])
+            numbers = np.array([of[name] for name in names]) if of else None
         labels, classes = _numbered_classes(path, numbers, len(names))
     else:
         labels, classes = _class_folders(path, names)
@@ -279,7 +279,7 @@ def _from_files(path: Path, stamps: dict, size: int | None, crop: int | None = N
                 images = list(map(Future.result, futures))
             finally:  # on an error or Ctrl-C what waits in the queue is left
                 wait([future for future in futures if not future.cancel()])
-                del futures  # or a failed one would live on in its own traceback, and the open archive with it
+                del futures  # or a failed one would live on in its traceback, and the open archive with it
             shape = first_shape()
         for name, image in zip(names[i:j], images):
             if image.shape != shape:

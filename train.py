@@ -587,7 +587,7 @@ def print_summary(run: Run, given: dict, dtype: torch.dtype) -> None:
         print('note: "no class" is not trained without --label-dropout: sample with --guidance 1')
     if dataset.classes and s.label_dropout == 1:
         print("note: no class is trained with --label-dropout 1: sample with --guidance 0")
-    known = set(dataset.labels.tolist())
+    known = dataset.labels.unique().tolist()
     if missing := [name for label, name in enumerate(dataset.classes) if label not in known]:
         print(f"note: no image is of class {', '.join(missing[:10])}; leave it out in sample.py (--classes)")
 

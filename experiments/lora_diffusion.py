@@ -595,12 +595,12 @@ def report(lab: Lab) -> None:
                           "rank early": ".1f", "rank middle": ".1f", "rank late": ".1f",
                           "centred early": ".1f", "beta_share": ".0%", "size": ".2f"})
     saved = {}
-    for name in ("costs", "composition"):
+    for name, of in made_from(lab).items():
         try:
             found = json.loads((lab.folder / f"{name}.json").read_text())
         except (OSError, ValueError):
             continue
-        if found.get("of") == made_from(lab)[name]:
+        if found.get("of") == of:
             saved[name] = found
         else:
             print(f"note: {name}.json is of another base or other settings, and left out")

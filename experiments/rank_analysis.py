@@ -13,9 +13,9 @@ tenth of each linear layer's parameters), and full rank on each group alone. The
     (c) B.4: what low rank adds to the held-out loss of eps, along t
     (d) B.6: the overlap of the groups' gradient subspaces in the full-rank model, over its checkpoints
 
-Gradients are those of the plain loss of what the models predict, without mirrored images or dropped labels. Weight matrices are the 2-D
-weights of the linear layers inside the blocks: adaLN, Q, K, V, Out and both MLP layers. Every figure is the mean
-over them; results.json has (a) and (b) for each matrix, too. Checkpoints hold the EMA of the weights, so that is
+Gradients are those of the plain loss of what the models predict, without mirrored images or dropped labels. Weight
+matrices are the 2-D weights of the linear layers inside the blocks: adaLN, Q, K, V, Out and both MLP layers. Every
+figure is the mean over them; results.json has (a) and (b) for each matrix, too. Checkpoints hold the EMA of the weights, so that is
 what is measured. A model starts with zero adaLN and final layers (adaLN-Zero), through which no gradient passes to
 the rest: the first checkpoint comes after some training. A stopped script goes on when it is called again with the
 same flags. Flags that are not listed here go to train.py, such as --predict eps.
