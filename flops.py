@@ -2,8 +2,9 @@
 
 NA-LR Eq. (6). No model is built and no GPU is asked: every figure follows from `linear_layers` (model.py) and
 Phi(t) (schedule.py). We count every matrix product, attention's two included, and nothing elementwise, which
-is half of what torch.utils.flop_counter reports. Slices count as 1 unless given. Defaults named behind flags
-are those of DiT-*; what tiny has otherwise, `train.py --help` says. Read model.py and curriculum.py before.
+is half of what torch.utils.flop_counter reports. Slices count as 1 unless given, whatever --help says;
+the defaults named there are those of DiT-*, and `train.py --help` has those of tiny. Read model.py and
+curriculum.py before.
 
     python flops.py                            the model of `python train.py`: forward, sampling, training
     python flops.py --model DiT-S/2 --method iso-param --keep 0.75

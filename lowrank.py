@@ -2,7 +2,7 @@
 
 NA-LR Eq. (1), (3) to (5). How many channels a forward pass may use is decided once, from t, and handed down
 to every layer as the argument `active`: a `Channels` for each r_max, since layers of different shapes have
-different ranks; or None, which means all channels everywhere. Nothing is stored on a module, so passes with
+different ranks; or None: all channels of the layer. Nothing is stored on a module, so passes with
 different ranks can share one model. Read schedule.py before, model.py after.
 """
 

@@ -141,7 +141,7 @@ TIME_WIDTH = 256  # of the sinusoidal timestep embedding: 128 frequencies, cosin
 
 @functools.cache
 def linear_layers(config: Config) -> tuple[LinearLayer, ...]:
-    """Every linear layer of the model, in the order of the forward pass, with its rank. The patch
+    """Every linear layer of the model with its rank: embedders, then block by block. The patch
     convolution is not among them."""
     d, tokens = config.width, config.tokens
     everywhere = config.factorise == "all"
@@ -220,7 +220,7 @@ def modulate(x, shift, scale):
 def attention(q, k, v):
     """softmax(q k^T / sqrt(d)) v, each (B, heads, N, d)."""
     if q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled():
-        # In bfloat16 the backward pass of PyTorch's CPU kernel takes 2 (64 tokens) to 12 (16) times as long.
+        # in bfloat16 the backward pass of PyTorch's CPU kernel takes twice as long (64 tokens; 12 times: 16)
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v)
@@ -326,8 +326,8 @@ class DiT(nn.Module):
         """x (B, C, H, W) float, t int64 (B,) in 1..T, y int64 (B,) in 0..num_classes, where
         num_classes means "no class". Returns what config.predict says, (B, C, H, W).
 
-        active: from `self.active`. None: each sample is masked to its own Phi(t); to a layer, None means all
-        its channels.
+        active: from `self.active`. None: each sample is masked to its own Phi(t), or uses all channels where
+        there is no rank schedule; to a layer, None always means all its channels.
         """
         if active is None and self.rank_schedule is not None:
             active = self.active(t.cpu())

@@ -173,7 +173,7 @@ def dpmpp(model, x, steps=100, y=None, guidance=2.0, clip=True, shares=Shares(),
         ab, ab_next = alpha_bar[t], alpha_bar[t_next]
         h = half_log_snr[t_next] - half_log_snr[t]
         x_0, _ = denoise(x, t)
-        goal = x_0
+        goal = x_0  # their D = (1 + 1/2r) x_0 - 1/2r last_x_0, where r = last_h / h
         if last_x_0 is not None and t_next > 0:
             goal = x_0 + h / (2 * last_h) * (x_0 - last_x_0)
         x = ab_next**0.5 * goal + ((1 - ab_next) / (1 - ab)) ** 0.5 * (x - ab**0.5 * goal)
@@ -304,7 +304,7 @@ class Options:
     classes: str = setting("all", "numbers or names, e.g. 0,3 or star,heart, in turns", metavar="LIST")
     sampler: str = setting("ddim", "ddim: deterministic; ddpm: ancestral; heun, dpm++: of second order, with "
                            "nearly two passes a step, and with one", choices=SAMPLERS)
-    steps: int = setting(100, "timesteps that the sampler visits", low=1, high=T)
+    steps: int = setting(100, "of the sampler; heun asks the model twice in most of them", low=1, high=T)
     guidance: float | None = setting(None, "eps = eps_u + W (eps_c - eps_u); 1 is plain conditional "
                                      "(default: the run's)", metavar="W")
     budget: float | None = setting(None, "elastic runs: multiply-adds of a pass as a share of those of all "

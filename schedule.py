@@ -1,8 +1,8 @@
 """Functions of the timestep t: noise, what the model predicts, the timesteps a sampler visits, and rank.
 
 NA-LR sections 2.1 and C.1. t = 0 is the clean image, t = 1 nearly clean, t = T = 1000 noise. Arrays over t
-have length T + 1 and are indexed by t itself. Read this file first, then lowrank.py. The loss weights of
-other methods stand at the end.
+have length T + 1 and are indexed by t itself. Read this file first, then lowrank.py. Loss weights of
+other methods and elastic models stand at the end.
 """
 
 import functools
@@ -137,9 +137,9 @@ class RankSchedule:
     less (nested). It prints the two boundary conditions swapped. With the logistic profile f(T) is
     0.018, so the ceiling keeps Phi(T) one or more above r_min; only the linear profile reaches it.
 
-    Ours: with a profile such as ((1, 1.0), (34, 0.6)), Phi(t) = ceil(share r_max), of any shape, without use
-    for rho_min and warm_start. And any Phi(t) is rounded up to a `multiple`, but never above r_max: already
-    when the model is trained, for channels that were never trained at t must not speak there.
+    Ours: with a profile such as ((1, 1.0), (34, 0.6)), Phi(t) = ceil(share r_max), which may have any shape;
+    rho_min and warm_start are then ignored. And every Phi(t) is rounded up to a `multiple`, at most to r_max,
+    in training as well: sampling must not use channels at t that were never trained there.
 
     Raises ValueError for an unknown profile, one whose timesteps do not rise from 1 or whose shares lie
     outside (0, 1], rho_min outside (0, 1], warm_start outside [0, 1] or a multiple below 1.
@@ -295,7 +295,7 @@ def elastic_shares(n: int, rho_min: float, generator: torch.Generator | None = N
 class Shares(NamedTuple):
     """The shares of the channels that an elastic model computes in sampling.
 
-    ranks: a profile over t, ((1, share),) for one share everywhere; of what a rank schedule leaves, if any
+    ranks: from each t on, the share of r_max, such as ((1, 0.5),) for half of the channels everywhere
     guide: the largest share in the second pass of guidance, which is never given more than the first
     guide_class: what the second pass is told, "none": classifier-free guidance, or "same": the class, so that
     the passes differ in their rank alone (autoguidance, Karras et al. 2024)
@@ -316,5 +316,5 @@ class Shares(NamedTuple):
 
     @property
     def differ(self) -> bool:
-        """Whether the second pass computes fewer channels than the first at any t."""
+        """Whether the second pass computes fewer channels than the first at some t."""
         return self.guide < max(share for _, share in self.ranks)

@@ -82,7 +82,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive_int(text: str, low: int = 1) -> int:
-    """argparse type: a whole number of at least 1."""
+    """argparse type: a whole number of at least `low`."""
     if not text.isdecimal() or not low <= int(text) <= 2**31:
         raise InputError(f"{text[:60]} is not a whole number of at least {low} and at most 2**31")
     return int(text)
@@ -96,7 +96,7 @@ def seed_number(text: str) -> int:
 def setting(default, help: str = "", low=-math.inf, high=math.inf, above=-math.inf,
             choices: Iterable | None = None, metavar: str | None = None,
             parse: Callable[[str], Any] | None = None) -> Any:
-    """A dataclass field of type int, float, bool or str, or of one of these or something else, such as None.
+    """A dataclass field. Its type: int, float, bool, str, or one of these and another, such as `int | None`.
 
     low, high: the smallest and the largest value; above: larger than this. parse: from what was typed to the
     value, raises InputError. A field without `help` gets no flag."""

@@ -142,7 +142,7 @@ class State:
         self.host_rng = torch.Generator().manual_seed(s.seed)  # of timesteps and elastic shares
         self.device_rng = torch.Generator(device).manual_seed(s.seed + 2**31)  # of flips, labels and noise
         self.step, self.spent, self.lines = 0, 0, 0  # steps done; multiply-adds spent; lines logged
-        self.losses, self.timesteps = [], []  # since the last line: (B,) of this process; (B,) of all
+        self.losses, self.timesteps = [], []  # of each step since the last line: this process's, all t
 
 
 class Batch(NamedTuple):
