@@ -476,8 +476,9 @@ def open_run(argv: list[str] | None) -> tuple[Run, dict]:
 def facts_of_latents(latents: torch.Tensor) -> dict:
     """What a model of such latents, float (N, C, H, W), is made for, and predicts unless told otherwise:
     unclipped, as they must be, eps would multiply errors by 20,291 at t = T."""
-    std, mean = torch.std_mean(latents.float(), (0, 2, 3), correction=0)
-    return dict(channels=len(mean), mean=mean.tolist(), std=std.tolist(), predict="v")
+    std, mean = zip(*(torch.std_mean(channel.float(), correction=0) for channel in latents.unbind(1)))
+    mean, std = torch.stack(mean).tolist(), torch.stack(std).tolist()
+    return dict(channels=len(mean), mean=mean, std=std, predict="v")
 
 
 RUN_FILES = ("config.json", "metrics.jsonl")  # what a run writes before its first save
