@@ -371,8 +371,11 @@ def load_decoder(o: Options, config: Config, device: torch.device) -> Callable |
     def decode(latents: torch.Tensor) -> torch.Tensor:
         try:
             images = module(latents.to(device)).cpu()
-            if images.ndim != 4 or images.shape[:2] != (len(latents), 3):
-                raise ValueError(f"it gives {tuple(images.shape)}")
+            known = images.dtype == torch.uint8 or images.is_floating_point()
+            if images.ndim != 4 or images.shape[:2] != (len(latents), 3) or not images.numel() or not known:
+                raise ValueError(f"it gives {tuple(images.shape)} of {images.dtype}")
+            if not images.isfinite().all():
+                raise ValueError("it gives NaN or infinity")
         except Exception as error:  # a stranger's module can fail in any way
             raise InputError(f"{o.decoder} fails on latents {tuple(latents.shape)} ({one_line(error)}): "
                              "it must give images (N, 3, H, W)") from None

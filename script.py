@@ -275,11 +275,11 @@ def duration(seconds: float) -> str:
 
 
 def check_writable(path: Path, flag: str) -> None:
-    """Makes the folder that a result will be written into. What is refused is better known before the work.
-    Raises InputError or OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path if path.is_dir() else path.parent, os.W_OK):
-        raise InputError(f"{flag} {path}: you may not write there; name another place")
+    """Whether a file, or a folder of files, can be made at `path`: better known before the work than after it.
+    Raises InputError."""
+    place = path if path.is_dir() else next(parent for parent in path.parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise InputError(f"{flag} {path}: {place} is no folder that you may write into; name another place")
 
 
 def write_then_rename(path: Path, write: Callable[[io.BufferedWriter], None]) -> None:

@@ -1593,6 +1593,7 @@ def test_sample_script_refuses_files_that_are_no_runs_and_shares_of_other_method
         torch.save(content, "r/model.pt")
         refuses(sample, "--run", "r", says=says)
     refuses(sample, "--run", run, "--out", "r", says="not an empty folder")
+    refuses(sample, "--run", run, "--out", "r/config.json/x/y.png", says="r/config.json is no folder")
     Path("p.json").write_text(PROFILE)
     for shares in (["--budget", 0.5], ["--ranks", "p.json"], ["--guide-share", 0.5], ["--guide-class", "same"]):
         refuses(sample, "--run", run, *shares, says="take a run of --method elastic")
@@ -2134,10 +2135,11 @@ def test_an_optimiser_state_from_another_device_fits_a_fused_optimiser(run):
 # Latents
 
 
-DECODERS = {  # of latents (N, 4, h, w): images of twice the side, float beyond [-1, 1] or uint8, or of one channel
+DECODERS = {  # of latents (N, 4, h, w): images of twice the side, float beyond [-1, 1] or uint8; and what is none
     "float": lambda z: z[:, :3].repeat_interleave(2, 2).repeat_interleave(2, 3) - 2,
     "bytes": lambda z: ((DECODERS["float"](z) + 1) * 100).clamp(0, 255).to(torch.uint8),
-    "grey": lambda z: z[:, :1]}
+    "grey": lambda z: z[:, :1], "nothing": lambda z: z[:, :3, :0], "whole": lambda z: z[:, :3].long(),
+    "nan": lambda z: z[:, :3] / 0}
 
 
 def save_torchscript(folder, functions, example):
@@ -2218,7 +2220,8 @@ def test_latents_that_do_not_fit_are_refused(latents, run):
     refuses(train, *resume, *images_of_nothing()[:2], says=("latents", "images"))
     refuses(train, *resume, "--noise", "linear", says="--noise linear (the run has cosine)")
     refuses(sample, *flags, "--out", "x.png", says="--decoder")
-    for decoder, says in (("grey.pt", "it gives (2, 1, 8, 8)"), ("latents.npz", "no Torch"), ("none.pt", "no Torch")):
+    for decoder, says in (("grey.pt", "it gives (2, 1, 8, 8)"), ("nothing.pt", "it gives (2, 3, 0, 8)"), ("whole.pt", "int64"),
+                          ("nan.pt", "NaN or infinity"), ("latents.npz", "no Torch"), ("none.pt", "no Torch")):
         refuses(sample, *flags, "--decoder", latents / decoder, says=says)
     refuses(sample, "--run", run, "--decoder", latents / "float.pt", says="draws images")
     refuses(fid, latents / "latents.npz", "shapes", "--features", latents / "float.pt", says="uint8")

@@ -247,7 +247,7 @@ def main():
     add("--alpha-steps", type=positive_int, metavar="N", help="of the runs of `alpha`: ten groups with a patience "
         "of 200 steps need 1,800 at least (default four times --steps)")
     common.add_repeat_flags(parser)
-    args = common.parse_flags(parser, [*map(flag, BASELINE), "--restart", "--no-restart"])
+    args = common.parse_flags(parser, [*map(flag, BASELINE), "--restart", "--no-restart", "--noise"])
     chosen = common.choose("--only", args.only, ABLATIONS)
     common.settle_image_flags(args)
     device = pick_device(args.device)

@@ -26,7 +26,7 @@ import classifier
 import common
 import plot
 from data import batch_indices, from_unit, load, to_unit
-from script import (DEVICES, InputError, Parser, duration, end_progress, pick_device, positive_int, run_script,
+from script import (DEVICES, InputError, Parser, check_writable, duration, end_progress, pick_device, positive_int, run_script,
                     seed_number, show_progress, write_then_rename)
 
 
@@ -98,6 +98,7 @@ def main():
     args = parser.parse_args()
     if args.width % 8 or not 0 < args.lr < 1 or not 0 <= args.kl < math.inf:
         raise InputError("--width takes a multiple of 8, --lr a number between 0 and 1, --kl one of at least 0")
+    check_writable(args.out / "decoder.pt", "--out")
     args.image_size = args.image_size or (None if args.dataset.lower().endswith(".npz") else 32)
     common.settle_image_flags(args)
     device = pick_device(args.device)
@@ -128,11 +129,13 @@ def main():
     end_progress()
 
     encoder.eval(), decoder.eval()
+    latents = encode(encoder, images.images, device).numpy().astype(np.float16)
+    if not np.abs(latents).max() < 1e4:
+        raise InputError("the latents reach 10,000, which train.py takes for damage; lower --lr or raise --kl")
     again = decode(decoder, encode(encoder, test.images, device), device)
     result = dict(psnr=psnr(again, test.images), frechet=None, recognised=None)
     if judge:
         result |= judge(again, test.labels)
-    latents = encode(encoder, images.images, device).numpy().astype(np.float16)
     write_then_rename(args.out / "latents.npz", lambda file: np.savez(
         file, latents=latents, **(dict(labels=images.labels.numpy()) if images.classes else {})))
     with warnings.catch_warnings(action="ignore"):  # newer torch calls TorchScript old; it is what loads everywhere

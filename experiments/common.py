@@ -58,13 +58,18 @@ def note_if_same(dataset: str, test: str) -> None:
         print(f"note: --test is --dataset {dataset}: the held-out images are the training images")
 
 
+def kind(images: torch.Tensor) -> tuple:
+    """What two datasets, of images uint8 (N, 3, H, W) or latents float (N, C, H, W), must have in common."""
+    return images.is_floating_point(), *images.shape[1:]
+
+
 def load_held_out(args: Namespace, num: int) -> Dataset:
     """The images that models trained on args.dataset are judged by (of shapes, `num`). Raises InputError if they
-    have other classes or another size than those of args.dataset."""
+    have other classes than those of args.dataset, another size, or are latents where those are images."""
     source = open_source(args.dataset, args.data_dir, image_size=args.image_size, num=10)  # shapes: one a class
     test = load(args.test, args.data_dir, "test", args.image_size, num)
-    if (source.classes, source.read(0, 1).shape[1:]) != (test.classes, test.images.shape[1:]):
-        raise InputError(f"--test {args.test} has other classes or another image size than {args.dataset}")
+    if (source.classes, kind(source.read(0, 1))) != (test.classes, kind(test.images)):
+        raise InputError(f"--test {args.test} has other classes or another kind or size of images than {args.dataset}")
     return test
 
 
@@ -87,10 +92,11 @@ def held_out_for(args: Namespace, runs: dict[Path, dict], num: int = 10_000) -> 
     settle_image_flags(args)
     images = load_held_out(args, num)
     for folder, state in runs.items():
-        shape = (state["config"]["channels"], *2 * (state["config"]["image_size"],))
-        if (state["classes"], shape) != (images.classes, tuple(images.images.shape[1:])):
-            raise InputError(f"{folder} is a model of other classes or another size than {args.test}; name its images "
-                             "with --dataset and --test")
+        config = Config(**state["config"])
+        its_kind = (bool(config.mean), config.channels, config.image_size, config.image_size)
+        if (state["classes"], its_kind) != (images.classes, kind(images.images)):
+            raise InputError(f"{folder} is a model of other classes or another kind or size of images than "
+                             f"{args.test}; name its images with --dataset and --test")
     return images
 
 

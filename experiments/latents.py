@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's top level
-from script import InputError, Parser, end_progress, one_line, run_script, seed_number, show_progress, write_then_rename
+from script import (InputError, Parser, check_writable, end_progress, one_line, run_script, seed_number, show_progress,
+                    write_then_rename)
 
 
 def open_files(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
@@ -33,7 +34,8 @@ def open_files(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
         archive = zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is neither a folder nor a ZIP ({one_line(error)})") from None
-    return sorted(archive.namelist()), archive.read
+    members = {name.replace("\\", "/"): name for name in archive.namelist()}  # some programs write a\1.npy
+    return sorted(members), lambda name: archive.read(members[name])
 
 
 def read_array(read: Callable[[str], bytes], name: str) -> np.ndarray:
@@ -64,9 +66,11 @@ def numbered(names: list[str], where: Path) -> dict[int, str]:
 
 def as_float16(array: np.ndarray, name: str) -> np.ndarray:
     """At once, for ImageNet's latents take 10 GB in float16. Raises InputError for numbers that are none of latents."""
-    if np.abs(array).max() >= 1e4:
+    with np.errstate(over="ignore"):
+        half = array.astype(np.float16)
+    if not np.abs(half).max() < 1e4:  # NaN, too
         raise InputError(f"{name} holds numbers of 10,000 and more, which train.py takes for damage")
-    return array.astype(np.float16)
+    return half
 
 
 def stack(arrays: list[np.ndarray], names: list[str]) -> np.ndarray:
@@ -111,7 +115,7 @@ def from_mean_std(path: Path, take_mean: bool, seed: int) -> tuple[np.ndarray, n
     files = [name for name in names if is_mean_std(name)]
     rng, arrays = np.random.default_rng(seed), []
     for name in files:
-        array = read_array(read, name).astype(np.float32)
+        array = read_array(read, name).astype(np.float32, copy=False)
         if array.ndim != 3 or len(array) % 2:
             raise InputError(f"{name} has the shape {array.shape}, not that of means and deviations, (2 C, H, W)")
         mean, std = np.split(array, 2)
@@ -147,6 +151,7 @@ def main():
     args = parser.parse_args()
     if args.out.suffix != ".npz":
         raise InputError(f"--out {args.out} must be FILE.npz")
+    check_writable(args.out, "--out")
     names, _ = open_files(args.source)
     with_deviations = any(map(is_mean_std, names))
     if args.labels if with_deviations else args.mean:

@@ -203,9 +203,11 @@ def loss_difference(full: DiT, low_rank: DiT, dataset: Dataset, per_t: int, seed
 # The paper's claims
 
 
-def spearman(values: list[float]) -> float:
-    """Spearman's correlation of the values with their place in the list; NaN if they do not differ."""
-    return spearmanr(range(len(values)), values).statistic.item() if len(set(values)) > 1 else math.nan
+def spearman(values: list[float], others: list[float] | None = None) -> float:
+    """Spearman's correlation of the values with others, by default their place in the list; NaN if either do not
+    differ."""
+    others = range(len(values)) if others is None else others
+    return spearmanr(others, values).statistic.item() if min(len(set(values)), len(set(others))) > 1 else math.nan
 
 
 def trend(rho: float, points: int = 5) -> str:

@@ -30,7 +30,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's top level
 import common
@@ -40,7 +39,7 @@ from model import DiT
 from rank_analysis import effective_rank, spearman, trend
 from sample import load_model
 from schedule import T, predicted_x_0_and_eps, target_coefficients
-from script import (DEVICES, InputError, Parser, duration, pick_device, positive_int, run_script, seed_number,
+from script import (DEVICES, InputError, Parser, check_writable, duration, pick_device, positive_int, run_script, seed_number,
                     show_progress)
 from train import Batch, read_config
 
@@ -227,7 +226,7 @@ def claims(rows: list[dict], kernel: dict) -> list[tuple[str, str, str]]:
         floors, losses = np.array([[row["targets"][target][key] for key in ("floor", "loss")] for row in rows]).T
         excess = losses - floors
         floors = np.where(floors > 1e-8, floors, 0)  # below, it is rounding
-        rho = stats.spearmanr(floors, excess).statistic.item()
+        rho = spearman(excess.tolist(), floors.tolist())
         found.append((f"F.2, Fig. 7: excess over the floor of {target} falls where the floor rises",
                       trend(-rho, len(rows)), f"floor {floors[0]:.3g} and excess {excess[0]:.3g} at t {rows[0]['t']}, "
                       f"{floors[-1]:.3g} and {excess[-1]:.3g} at t {rows[-1]['t']}: correlation {rho:+.2f}"))
@@ -325,6 +324,7 @@ def read_command_line() -> Namespace:
     add("--device", choices=DEVICES, default="auto", help="(default auto)")
     args = parser.parse_args()
     args.out = args.out or args.run / "representation"
+    check_writable(args.out / "results.json", "--out")
     levels = common.choose_numbers("--levels", args.levels, 1, T)
     if any(t % 1 for t in levels) or len(levels) < 2:
         raise InputError(f"--levels takes two or more whole numbers from 1 to {T}")

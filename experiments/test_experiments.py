@@ -573,6 +573,7 @@ def test_representation_script(few, elastic_run, tmp_path):
     losses = common.denoising_losses(net, test, index, torch.full((6,), 500))  # the script's held-out images and noise
     assert results["levels"][1]["targets"]["eps"]["held_out"] == pytest.approx(losses.mean().item(), rel=1e-4)
     assert "that of 20 images" in runs(representation, *flags, "--train-images", 10)
+    assert "correlation +nan" in runs(representation, *flags, "--levels", "1,2")  # both floors are 0
     assert (run / "representation" / "figure.png").exists()
     by_class = data.Dataset("folders", torch.arange(200).view(200, 1, 1, 1), torch.arange(200) // 20, [*"abcdefghij"])
     part = representation.random_part(by_class, 60, 0)  # not of the first classes alone
@@ -582,6 +583,7 @@ def test_representation_script(few, elastic_run, tmp_path):
                       (["--levels", "0,5"], "--levels"), (["--seed", -1], "--seed"), (["--run", tmp_path], "model.pt"),
                       (["--dataset", tmp_path / "none"], "no dataset"), (["--train-images", 0], "at least 1")):
         refuses(representation, *flags, *odd, "--out", tmp_path / "new", says=says)
+    refuses(representation, *flags, "--out", few[1], says="no folder that you may write into")
     refuses(representation, *flags[:2], says="--test")
     assert not (tmp_path / "new").exists()
 
@@ -609,6 +611,7 @@ def test_ablations_script(few, tmp_path, monkeypatch):
     cheaper = next(v for v in result["verdicts"] if v["paper"].startswith("cheaper"))
     assert cheaper["difference"] == pytest.approx(np.mean([a["flops"] / b["flops"] for a, b in zip(on, off)]) - 1)
     assert cheaper["verdict"] == "appears" and "| curriculum | off" in out and "The models predict v." in out
+    refuses(ablations, *command, "curriculum", "--noise", "linear", says="--noise is set by this script")
 
     def again(*more):
         runs(ablations, *command, "curriculum", *more)
@@ -1085,7 +1088,8 @@ def test_fit_and_judge_scripts(few, elastic_run, tmp_path):
         refuses(elastic, "--runs", run, *table, "--fit", tmp_path, says=("loss-0.5.json", says))
     refuses(elastic, "--runs", run, *table, "--fit", run, says="holds no profile for 0.5, 0.25")
     save_npz(tmp_path / "large.npz", *data.draw_shapes(40, 16, 1)), save_npz(tmp_path / "few.npz", *data.draw_shapes(10, 8, 1))
-    for name, says in (("large", "other classes or another size"), ("few", "at least 20")):
+    np.savez(tmp_path / "latents.npz", latents=np.zeros((40, 3, 8, 8), np.float16), labels=np.arange(40) % 10)
+    for name, says in (("large", "another kind or size"), ("latents", "another kind or size"), ("few", "at least 20")):
         images = ["--dataset", tmp_path / f"{name}.npz", "--test", tmp_path / f"{name}.npz", *few[4:6], "--classifier", judge]
         for module, word in ((elastic, "--runs"), (samplers, "--run"), (fit_ranks, "--run")):
             if (module, name) != (fit_ranks, "few"):  # which takes the other ten
@@ -1156,6 +1160,10 @@ def test_from_images_to_latents_and_back(few, tmp_path):
     refuses(autoencoder, *few[:6], "--width", 9, says="multiple of 8")
     refuses(autoencoder, *few[:6], "--kl", 1e39, "--steps", 2, "--width", 8, "--out", tmp_path / "nan", says="finite")
     assert not (tmp_path / "nan").exists()
+    refuses(autoencoder, *few[:6], "--out", few[1], says="no folder that you may write into")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(autoencoder, "encode", lambda *_: torch.full((40, 4, 2, 2), 2e4))
+        refuses(autoencoder, *few[:6], "--steps", 1, "--width", 8, "--out", tmp_path / "nan", says="latents reach 10,000")
     refuses(autoencoder, "--dataset", tmp_path / "ae" / "latents.npz", "--test", few[3], says="other classes or another")
 
 
@@ -1183,7 +1191,7 @@ def test_latents_of_other_people(tmp_path):
     (edm / "dataset.json").write_text(json.dumps({"labels": listing}))
     with zipfile.ZipFile(tmp_path / "edm.zip", "w") as archive:
         for file in edm.rglob("*.*"):
-            archive.write(file, file.relative_to(edm))
+            archive.write(file, str(file.relative_to(edm)).replace("/", "\\"))  # as some programs do
     order = [i for g in range(3) for i in range(g, 12, 3)]  # by name
     for source in (edm, tmp_path / "edm.zip"):
         runs(latents, source, "--mean", "--out", out)
@@ -1192,6 +1200,7 @@ def test_latents_of_other_people(tmp_path):
     runs(latents, edm, "--out", out, "--seed", 3)
     drawn = (np.load(out)["latents"] - z[order]) / (np.abs(z[order]) / 2)
     assert abs(drawn.mean()) < 0.2 and 0.8 < drawn.std() < 1.2
+    refuses(latents, edm, "--out", out / "x.npz", says="no folder that you may write into")
     refuses(latents, edm, "--labels", tmp_path / "y", "--out", out, says="--labels is for folders of i.npy")
     refuses(latents, tmp_path / "z", "--mean", "--out", out, says="--mean for img-mean-std")
     for i, value, says in ((0, -1, "labels from -1"), (5, 10_000, "to 10000")):
@@ -1202,8 +1211,9 @@ def test_latents_of_other_people(tmp_path):
     np.save(tmp_path / "z" / "more" / "3.npy", z[:1])
     refuses(latents, tmp_path / "z", "--out", out, says=("3.npy and", "more/3.npy", "of one number"))
     shutil.rmtree(tmp_path / "z" / "more")
-    np.save(tmp_path / "z" / "3.npy", np.full((1, 4, 2, 2), 1e4))
-    refuses(latents, tmp_path / "z", "--out", out, says="10,000 and more")
+    for value in (1e4, 9999.0, 1e300):  # 9999 is 10,000 in float16
+        np.save(tmp_path / "z" / "3.npy", np.full((1, 4, 2, 2), value))
+        refuses(latents, tmp_path / "z", "--out", out, says=("3.npy", "10,000 and more"))
     np.save(tmp_path / "y" / "12.npy", labels[:1])
     refuses(latents, tmp_path / "z", "--labels", tmp_path / "y", "--out", out, says="13 labels")
     np.save(tmp_path / "z" / "3.npy", np.full((1, 4, 2, 2), np.nan))
