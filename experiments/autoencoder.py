@@ -26,8 +26,8 @@ import classifier
 import common
 import plot
 from data import batch_indices, from_unit, load, to_unit
-from script import (DEVICES, InputError, Parser, check_writable, duration, end_progress, pick_device, positive_int, run_script,
-                    seed_number, show_progress, write_then_rename)
+from script import (DEVICES, InputError, Parser, check_writable, duration, end_progress, pick_device, positive_int,
+                    run_script, seed_number, show_progress, write_then_rename)
 
 
 class Residual(nn.Module):

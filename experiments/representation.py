@@ -39,8 +39,8 @@ from model import DiT
 from rank_analysis import effective_rank, spearman, trend
 from sample import load_model
 from schedule import T, predicted_x_0_and_eps, target_coefficients
-from script import (DEVICES, InputError, Parser, check_writable, duration, pick_device, positive_int, run_script, seed_number,
-                    show_progress)
+from script import (DEVICES, InputError, Parser, check_writable, duration, pick_device, positive_int, run_script,
+                    seed_number, show_progress)
 from train import Batch, read_config
 
 TARGETS = ("eps", "x0", "v", "flow")
