@@ -1593,7 +1593,7 @@ def test_sample_script_refuses_files_that_are_no_runs_and_shares_of_other_method
         torch.save(content, "r/model.pt")
         refuses(sample, "--run", "r", says=says)
     refuses(sample, "--run", run, "--out", "r", says="not an empty folder")
-    refuses(sample, "--run", run, "--out", "r/config.json/x/y.png", says="r/config.json is no folder")
+    refuses(sample, "--run", run, "--out", "r/model.pt/x/y.png", says="r/model.pt is no folder")
     Path("p.json").write_text(PROFILE)
     for shares in (["--budget", 0.5], ["--ranks", "p.json"], ["--guide-share", 0.5], ["--guide-class", "same"]):
         refuses(sample, "--run", run, *shares, says="take a run of --method elastic")
