@@ -43,8 +43,8 @@ def log_normal(alpha_bar: torch.Tensor) -> torch.Tensor:
 
 def clts(T: int, progress: float, mean: float = 300.0, deviation: float = 200.0) -> torch.Tensor:
     """CLTS (Xu et al. 2024): from uniform, at progress 0, to a Gaussian over t at the end of training, 1.
-    That the mixture moves linearly, and the deviation, are our choice: SpeeD's authors compare
-    with CLTS, and in their code it is so small that the Gaussian draws hardly anything but t = 300."""
+    That the mixture moves linearly, and the deviation, are our choice: SpeeD's authors compare with CLTS, and
+    in their code it is so small that the Gaussian draws hardly anything but t = 300."""
     t = torch.arange(T + 1, dtype=torch.float64)
     gaussian = torch.exp(-((t - mean) / deviation).square() / 2)
     gaussian[0] = 0

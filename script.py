@@ -275,8 +275,8 @@ def duration(seconds: float) -> str:
 
 
 def check_writable(path: Path, flag: str) -> None:
-    """Whether a file, or a folder of files, can be made at `path`: better known before the work than after it.
-    Raises InputError."""
+    """Whether a file, or a folder of files, can be made at `path`, which is better known before the work.
+    Raises InputError if not."""
     place = path if path.is_dir() else next(parent for parent in path.parents if parent.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise InputError(f"{flag} {path}: {place} is no folder that you may write into; name another place")
